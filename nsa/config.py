@@ -7,7 +7,7 @@ paper's l, d, l', n, w and of the choices the paper leaves open; kernels, cache 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from transformers import PreTrainedConfig
 
@@ -67,7 +67,7 @@ class NSAConfig(PreTrainedConfig):
     """A Llama- or Qwen2/3-shaped decoder with native sparse attention in every layer."""
 
     model_type = "nsa_grpo"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
 
     vocab_size: int = 32000
     hidden_size: int = 2048
@@ -123,9 +123,13 @@ class NSAConfig(PreTrainedConfig):
             self.value_head_dim = self.head_dim
         if self.compressor_hidden_size is None:
             self.compressor_hidden_size = self.head_dim
+        if self.rope_parameters is None:
+            self.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
         super().__post_init__(**kwargs)
         if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(f"num_attention_heads must be a multiple of num_key_value_heads, got {self.num_attention_heads} and {self.num_key_value_heads}")
+            raise ValueError(
+                f"num_attention_heads must be a multiple of num_key_value_heads, got {self.num_attention_heads} and {self.num_key_value_heads}"
+            )
         if self.kv not in ("separate", "shared"):
             raise ValueError(f"kv must be 'separate' or 'shared', got {self.kv!r}")
         if self.gate not in ("sigmoid", "blend", "fixed"):

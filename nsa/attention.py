@@ -1,0 +1,215 @@
+"""The two public attention functions and their backend choice.
+
+`nsa_attention` works on packed sequences (training, prefill, chunked prefill), `nsa_decode` on a paged cache. Backends:
+`reference` (the oracle, for tests), `torch` (vectorised, any device). The Triton kernels join here as `triton` and
+become what `auto` means on CUDA; until they exist, asking for them is an error, not a silent fallback.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from nsa.config import SparsityConfig
+from nsa.packing import Packing
+
+Backend = Literal["auto", "reference", "torch", "triton"]
+KeyValue = tuple[torch.Tensor, torch.Tensor]
+RECOMPUTE = -2
+"""First entry of a selection row that is to be computed anew."""
+
+
+@dataclass(frozen=True, slots=True)
+class BranchKV:
+    """Keys `[T, Hkv, Dk]` and values `[T, Hkv, Dv]` of each branch; the same tensors three times where K/V are shared."""
+
+    cmp: KeyValue
+    slc: KeyValue
+    win: KeyValue
+
+
+@dataclass(frozen=True, slots=True)
+class CompressorWeights:
+    """φ of one of K and V: `mean(block) + down @ silu(up @ flatten(block + position))`.
+
+    position `[l, D]`, up `[hidden, l·D]` (token-major), down `[D, hidden]`; shared by the KV heads of a layer."""
+
+    position: torch.Tensor
+    up: torch.Tensor
+    down: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Phi:
+    """The compressor's tensors for keys and values; None stands in its place where the compressor is the mean."""
+
+    k: CompressorWeights
+    v: CompressorWeights
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCache:
+    """One layer's pages. raw `[pages, 2, page, sets·Hkv, D]` (K at 0, V at 1; with separate K/V the sets stand side by
+    side in the order cmp, slc, win; D = max(Dk, Dv), the rest unused), cmp `[pages, page/d, Hkv, Dk+Dv]`.
+    Compressed token i lies in the page of its last raw token, slot (t mod page)//d. Page 0 is scratch."""
+
+    raw: torch.Tensor
+    cmp: torch.Tensor
+    key_dim: int
+    value_dim: int
+    num_sets: int
+
+    @property
+    def page_size(self) -> int:
+        return self.raw.shape[2]
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.cmp.shape[2]
+
+    def set_index(self, branch: Literal["cmp", "slc", "win"]) -> int:
+        """Which of the side-by-side sets a branch reads."""
+        return ("cmp", "slc", "win").index(branch) if self.num_sets == 3 else 0
+
+
+def _check(q: torch.Tensor, kv: BranchKV, gates: torch.Tensor, phi: Phi | None, config: SparsityConfig) -> None:
+    if q.ndim != 3:
+        raise ValueError(f"q must be [T, Hq, Dk], got {tuple(q.shape)}")
+    num_heads, key_dim = q.shape[1:]
+    key, value = kv.slc
+    if key.ndim != 3 or value.ndim != 3 or key.shape[2] != key_dim or num_heads % key.shape[1]:
+        raise ValueError(f"k must be [T, Hkv, {key_dim}] with Hkv dividing {num_heads}, v [T, Hkv, Dv]; got {tuple(key.shape)}, {tuple(value.shape)}")
+    for name in ("cmp", "win"):
+        other_key, other_value = getattr(kv, name)
+        if other_key.shape != key.shape or other_value.shape != value.shape:
+            raise ValueError(f"the branches' k and v must agree in shape, got {name} {tuple(other_key.shape)}, {tuple(other_value.shape)}")
+    if gates.shape != (*q.shape[:2], 3):
+        raise ValueError(f"gates must be {(*q.shape[:2], 3)}, got {tuple(gates.shape)}")
+    if (phi is None) != (config.compressor == "mean"):
+        raise ValueError(f"compressor={config.compressor!r} {'takes no' if config.compressor == 'mean' else 'needs'} phi")
+
+
+def resolve_backend(backend: str, device: torch.device) -> str:
+    """The backend a request stands for on a device.
+
+    Raises:
+        ValueError: an unknown name, or one that is not available.
+    """
+    if backend == "auto":
+        return "torch"
+    if backend == "triton":
+        raise ValueError("backend 'triton' is not available in this version; use 'auto' or 'torch'")
+    if backend not in ("reference", "torch"):
+        raise ValueError(f"backend must be one of auto, reference, torch, triton; got {backend!r}")
+    return backend
+
+
+def nsa_attention(
+    q: torch.Tensor,
+    kv: BranchKV,
+    gates: torch.Tensor,
+    *,
+    phi: Phi | None,
+    config: SparsityConfig,
+    cu_seqlens: torch.Tensor | Packing | None = None,
+    cu_seqlens_k: torch.Tensor | None = None,
+    selection: torch.Tensor | None = None,
+    return_selection: bool = False,
+    scale: float | None = None,
+    deterministic: bool = False,
+    backend: str = "auto",
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Native sparse attention over packed sequences (NSA Eq. 3-12).
+
+    Args:
+        q: `[T, Hq, Dk]`, after RoPE.
+        kv: the branches' keys and values, `[Tk, Hkv, Dk]` and `[Tk, Hkv, Dv]`, keys after RoPE.
+        gates: `[T, Hq, 3]` in [0, 1], in the order compression, selection, window.
+        phi: the compressor's tensors; None for the mean.
+        cu_seqlens: int `[N+1]`, where sequences begin and end; None = one sequence. (A `Packing` made by
+            `plan_packing` may be given instead, so that layers share one plan.)
+        cu_seqlens_k: the same for keys where they are more than the queries, which then are each sequence's last tokens.
+        selection: `[T, Hkv, n]` block numbers to use instead of choosing (−1 = none; a row that begins with −2 is
+            chosen anew). Gradients never flow through the choice.
+        scale: factor on q·k; default Dk^−½.
+        deterministic: bit-equal results from run to run and whatever else is in the batch. The torch backend is
+            deterministic from run to run always.
+    Returns:
+        `[T, Hq, Dv]` in q's dtype; with `return_selection` also the selection, int16 (int32 above 32,767 blocks).
+    Raises:
+        ValueError: shapes that do not fit together, an unknown or unavailable backend.
+    """
+    _check(q, kv, gates, phi, config)
+    name = resolve_backend(backend, q.device)
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
+    if name == "reference":
+        from nsa.reference import reference_attention
+
+        if isinstance(cu_seqlens, Packing):
+            raise ValueError("the reference backend takes cu_seqlens, not a Packing")
+        return reference_attention(
+            q,
+            kv,
+            gates,
+            phi=phi,
+            config=config,
+            cu_seqlens=cu_seqlens,
+            cu_seqlens_k=cu_seqlens_k,
+            selection=selection,
+            return_selection=return_selection,
+            scale=scale,
+        )
+    from nsa.torch_backend import packed_attention
+
+    return packed_attention(
+        q, kv, gates, phi=phi, config=config, cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k, selection=selection,
+        return_selection=return_selection, scale=scale,
+    )  # fmt: skip
+
+
+def nsa_decode(
+    q: torch.Tensor,
+    cache: LayerCache,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    gates: torch.Tensor,
+    *,
+    phi: Phi | None,
+    config: SparsityConfig,
+    selection: torch.Tensor | None = None,
+    return_selection: bool = False,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Native sparse attention of the last token(s) of sequences whose K/V (these tokens' included) lie in a paged cache.
+
+    Reads s/d compressed tokens, n·l' selected and w window tokens a query. No host synchronisation: it can be captured
+    in a CUDA graph.
+
+    Args:
+        q: `[B, m, Hq, Dk]`, the last m tokens of each sequence (m small), after RoPE.
+        cache: this layer's pages, raw and compressed tokens up to the last already written.
+        block_table: int `[B, P]`, the pages of each sequence in order.
+        seq_lens: int `[B]`, tokens of each sequence, the queries counted in; 0 marks a padded row (output unspecified).
+        gates: `[B, m, Hq, 3]`.
+        phi: unused by the torch backend (compressed tokens are cached); part of the signature for kernels that fuse φ.
+        selection: `[B, m, Hkv, n]` as in `nsa_attention`.
+    Returns:
+        `[B, m, Hq, Dv]`; with `return_selection` also the selection `[B, m, Hkv, n]`.
+    Raises:
+        ValueError: shapes that do not fit together.
+    """
+    if q.ndim != 4 or gates.shape != (*q.shape[:3], 3):
+        raise ValueError(f"q must be [B, m, Hq, Dk] and gates [B, m, Hq, 3], got {tuple(q.shape)} and {tuple(gates.shape)}")
+    if block_table.shape[0] != q.shape[0] or seq_lens.shape != q.shape[:1]:
+        raise ValueError(f"block_table must be [B, P] and seq_lens [B] with B={q.shape[0]}, got {tuple(block_table.shape)}, {tuple(seq_lens.shape)}")
+    if resolve_backend(backend, q.device) == "reference":
+        raise ValueError("nsa_decode has no reference backend: compare it with nsa_attention")
+    from nsa.torch_backend import paged_decode
+
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
+    return paged_decode(q, cache, block_table, seq_lens, gates, config=config, selection=selection, return_selection=return_selection, scale=scale)

@@ -1,0 +1,167 @@
+"""How packed sequences are laid out for the torch backend: groups of similar length, padded on the right to the longest.
+
+Padding on the right leaves every block boundary where it is, and padded rows are never visible to a real query. The
+plan is made once per forward pass and shared by all layers. Moving to and fro is a gather in both directions, also in
+the backward pass (each token has one place), so it is deterministic and needs no atomics.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class PaddedGroup:
+    """Sequences that are computed together.
+
+    `query_rows` `[N·Sq]` and `key_rows` `[N·Sk]` say which packed row stands at each padded place (row 0 where there is
+    none, `*_valid` false). `offsets` `[N]` is each sequence's number of keys before its first query."""
+
+    num_sequences: int
+    query_length: int
+    key_length: int
+    query_rows: torch.Tensor
+    query_valid: torch.Tensor
+    key_rows: torch.Tensor
+    key_valid: torch.Tensor
+    offsets: torch.Tensor
+    uniform: bool
+    """All sequences have exactly the padded lengths and lie one after the other: packed and padded are the same rows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """The plan for one packed batch. `query_places`/`key_places` `[T]` are the inverse of the groups' rows: the place of
+    each packed token in the concatenation of all groups' padded rows."""
+
+    groups: tuple[PaddedGroup, ...]
+    num_queries: int
+    num_keys: int
+    query_places: torch.Tensor
+    key_places: torch.Tensor
+    max_key_length: int
+
+
+def _rows(starts: torch.Tensor, lengths: torch.Tensor, padded: int) -> tuple[torch.Tensor, torch.Tensor]:
+    place = torch.arange(padded)
+    valid = place < lengths[:, None]
+    return torch.where(valid, starts[:, None] + place, 0).flatten(), valid.flatten()
+
+
+def plan_packing(
+    cu_seqlens: torch.Tensor, cu_seqlens_k: torch.Tensor | None, *, device: torch.device, num_heads: int, budget: int = 2**26
+) -> Packing:
+    """Plan the padded groups of a packed batch.
+
+    Args:
+        cu_seqlens: int `[N+1]`, cumulative query lengths from 0. cu_seqlens_k: the same for keys; None = equal.
+        num_heads: query heads, for the memory estimate.
+        budget: most score elements (sequences·heads·queries·keys) of a group with more than one sequence.
+    Raises:
+        ValueError: not a non-decreasing sequence from 0, or a sequence with fewer keys than queries.
+    """
+    query_ends = cu_seqlens.detach().to("cpu", torch.int64)
+    key_ends = query_ends if cu_seqlens_k is None else cu_seqlens_k.detach().to("cpu", torch.int64)
+    for name, ends in (("cu_seqlens", query_ends), ("cu_seqlens_k", key_ends)):
+        if ends.ndim != 1 or len(ends) < 2 or int(ends[0]) != 0 or bool((ends.diff() < 0).any()):
+            raise ValueError(f"{name} must be [0, end of sequence 0, …], non-decreasing, got {ends.tolist()[:8]}")
+    query_lengths, key_lengths = query_ends.diff(), key_ends.diff()
+    if len(query_lengths) != len(key_lengths) or bool((key_lengths < query_lengths).any()):
+        raise ValueError("each sequence needs at least as many keys as queries (the queries are its last tokens)")
+    if bool(((query_lengths == 0) & (key_lengths > 0)).any()):
+        raise ValueError("a sequence with keys needs at least one query")
+    order = sorted((i for i in range(len(query_lengths)) if query_lengths[i] > 0), key=lambda i: (int(key_lengths[i]), int(query_lengths[i])))
+    members: list[list[int]] = []
+    queries = 0
+    for index in reversed(order):
+        if members:
+            longest = int(key_lengths[members[-1][0]])
+            queries = max(queries, int(query_lengths[index]))
+            fits = (len(members[-1]) + 1) * num_heads * queries * longest <= budget
+            if fits and 2 * int(key_lengths[index]) >= longest:
+                members[-1].append(index)
+                continue
+        members.append([index])
+        queries = int(query_lengths[index])
+    groups, query_places, key_places = [], torch.zeros(int(query_ends[-1]), dtype=torch.int64), torch.zeros(int(key_ends[-1]), dtype=torch.int64)
+    query_base = key_base = 0
+    for member in members:
+        ids = torch.tensor(sorted(member))
+        lengths, keys = query_lengths[ids], key_lengths[ids]
+        longest_query, longest_key = int(lengths.max()), int(keys.max())
+        query_rows, query_valid = _rows(query_ends[ids], lengths, longest_query)
+        key_rows, key_valid = _rows(key_ends[ids], keys, longest_key)
+        query_places[query_rows[query_valid]] = query_base + query_valid.nonzero().flatten()
+        key_places[key_rows[key_valid]] = key_base + key_valid.nonzero().flatten()
+        query_base, key_base = query_base + len(query_rows), key_base + len(key_rows)
+        uniform = len(members) == 1 and bool(query_valid.all()) and bool(key_valid.all())
+        groups.append(
+            PaddedGroup(
+                num_sequences=len(member),
+                query_length=longest_query,
+                key_length=longest_key,
+                query_rows=query_rows.to(device),
+                query_valid=query_valid.to(device),
+                key_rows=key_rows.to(device),
+                key_valid=key_valid.to(device),
+                offsets=(keys - lengths).to(device),
+                uniform=uniform,
+            )
+        )
+    return Packing(
+        groups=tuple(groups),
+        num_queries=int(query_ends[-1]),
+        num_keys=int(key_ends[-1]),
+        query_places=query_places.to(device),
+        key_places=key_places.to(device),
+        max_key_length=int(key_lengths.max()),
+    )
+
+
+class _Gather(torch.autograd.Function):
+    """rows[index], zero where not valid; the backward pass gathers by the inverse index instead of scattering."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: torch.Tensor, index: torch.Tensor, valid: torch.Tensor | None, inverse: torch.Tensor, inverse_valid: torch.Tensor | None
+    ):
+        ctx.save_for_backward(inverse, inverse_valid)
+        gathered = rows.index_select(0, index)
+        return gathered if valid is None else gathered.masked_fill_(~valid.view(-1, *[1] * (rows.ndim - 1)), 0)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor):
+        inverse, inverse_valid = ctx.saved_tensors
+        back = gradients[0].index_select(0, inverse)
+        if inverse_valid is not None:
+            back = back.masked_fill_(~inverse_valid.view(-1, *[1] * (back.ndim - 1)), 0)
+        return back, None, None, None, None
+
+
+def pad_all(rows: torch.Tensor, packing: Packing, *, keys: bool) -> list[torch.Tensor]:
+    """Packed `[T, …]` → one `[N, S, …]` per group, zeros where there is no token."""
+    if packing.groups[0].uniform:
+        group = packing.groups[0]
+        return [rows.unflatten(0, (group.num_sequences, group.key_length if keys else group.query_length))]
+    index = torch.cat([group.key_rows if keys else group.query_rows for group in packing.groups])
+    valid = torch.cat([group.key_valid if keys else group.query_valid for group in packing.groups])
+    padded = _Gather.apply(rows, index, valid, packing.key_places if keys else packing.query_places, None)
+    assert isinstance(padded, torch.Tensor)
+    sizes = [(group.num_sequences, group.key_length if keys else group.query_length) for group in packing.groups]
+    parts = padded.split([count * length for count, length in sizes])
+    return [part.unflatten(0, size) for part, size in zip(parts, sizes, strict=True)]
+
+
+def unpad_all(parts: list[torch.Tensor], packing: Packing) -> torch.Tensor:
+    """One `[N, Sq, …]` per group → packed `[T, …]`."""
+    if packing.groups[0].uniform:
+        return parts[0].flatten(0, 1)
+    padded = torch.cat([part.flatten(0, 1) for part in parts])
+    index = torch.cat([group.query_rows for group in packing.groups])
+    valid = torch.cat([group.query_valid for group in packing.groups])
+    rows = _Gather.apply(padded, packing.query_places, None, index, valid)
+    assert isinstance(rows, torch.Tensor)
+    return rows

@@ -1,0 +1,215 @@
+"""What tests and benches of the attention share: seeded inputs, an error measure, and how selections are compared.
+
+Nothing here runs in training or serving. Selections are compared as sets, and only where the score gap between the
+last block taken and the best one left out is larger than rounding: nearer than that, either choice is right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from nsa.attention import BranchKV, CompressorWeights, Phi
+from nsa.config import SparsityConfig
+from nsa.reference import reference_block_scores
+
+ROUNDING_FP32 = 1e-5
+"""Bound on how far two fp32 computations of one block score differ, relative to the row's highest score."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionInputs:
+    """Arguments of one `nsa_attention` call: `nsa_attention(x.q, x.kv, x.gates, **x.options)`.
+
+    `cu_seqlens_k` is None where the sequences have as many queries as keys.
+    """
+
+    q: Tensor
+    kv: BranchKV
+    gates: Tensor
+    phi: Phi | None
+    config: SparsityConfig
+    cu_seqlens: Tensor
+    cu_seqlens_k: Tensor | None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The keyword arguments."""
+        return {"phi": self.phi, "config": self.config, "cu_seqlens": self.cu_seqlens, "cu_seqlens_k": self.cu_seqlens_k}
+
+    @property
+    def leaves(self) -> dict[str, Tensor]:
+        """Every tensor that receives a gradient, by name; tensors that branches share appear once."""
+        named = {"q": self.q, "gates": self.gates}
+        for branch in ("cmp", "slc", "win"):
+            for name, tensor in zip("kv", getattr(self.kv, branch), strict=True):
+                if not any(tensor is other for other in named.values()):
+                    named[f"{branch}_{name}"] = tensor
+        if self.phi is not None:
+            for name in ("k", "v"):
+                weights = getattr(self.phi, name)
+                named |= {f"phi_{name}_position": weights.position, f"phi_{name}_up": weights.up, f"phi_{name}_down": weights.down}
+        return named
+
+    def with_leaves(self, leaves: dict[str, Tensor]) -> AttentionInputs:
+        """The same call with the tensors of `leaves` (named as there) in place of the old ones."""
+        old = self.leaves
+
+        def new(tensor: Tensor) -> Tensor:
+            return next(leaves[name] for name, candidate in old.items() if candidate is tensor)
+
+        kv = BranchKV(**{branch: tuple(new(x) for x in getattr(self.kv, branch)) for branch in ("cmp", "slc", "win")})  # type: ignore[arg-type]
+        phi = None
+        if self.phi is not None:
+            weights = {
+                name: CompressorWeights(position=new(w.position), up=new(w.up), down=new(w.down))
+                for name, w in (("k", self.phi.k), ("v", self.phi.v))
+            }
+            phi = Phi(**weights)
+        return replace(self, q=leaves["q"], gates=leaves["gates"], kv=kv, phi=phi)
+
+    def to(self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None, requires_grad: bool = True) -> AttentionInputs:
+        """A copy with fresh leaves in another dtype or on another device."""
+        leaves = {name: x.detach().to(device=device, dtype=dtype, copy=True).requires_grad_(requires_grad) for name, x in self.leaves.items()}
+        ends_k = None if self.cu_seqlens_k is None else self.cu_seqlens_k.to(device)
+        return replace(self.with_leaves(leaves), cu_seqlens=self.cu_seqlens.to(device), cu_seqlens_k=ends_k)
+
+
+def make_inputs(
+    config: SparsityConfig,
+    *,
+    lengths: Sequence[int],
+    num_kv_heads: int = 2,
+    group_size: int = 2,
+    key_dim: int = 16,
+    value_dim: int = 8,
+    kv: Literal["separate", "shared"] = "separate",
+    query_lengths: Sequence[int] | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> AttentionInputs:
+    """Random inputs with unit-variance queries, keys and values, gates in (0, 1), and a φ whose MLP part matters.
+
+    Args:
+        config: the sparsity settings; `config.compressor` decides whether there is a φ.
+        lengths: keys of each packed sequence.
+        num_kv_heads: Hkv.
+        group_size: query heads per key/value head.
+        key_dim: Dk.
+        value_dim: Dv.
+        kv: K/V sets of their own per branch, or one set for all three.
+        query_lengths: queries of each sequence (its last tokens); None: as many as keys.
+        dtype: of every tensor; drawn in fp64 first, so that two dtypes of one seed agree up to rounding.
+        device: of every tensor.
+        seed: of the draws.
+
+    Returns:
+        The inputs; every tensor in `.leaves` requires a gradient.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    query_lengths = lengths if query_lengths is None else query_lengths
+    num_queries, num_keys, num_heads = sum(query_lengths), sum(lengths), num_kv_heads * group_size
+
+    def draw(*shape: int, std: float = 1.0) -> Tensor:
+        return (torch.randn(*shape, generator=generator, dtype=torch.float64) * std).to(device, dtype).requires_grad_()
+
+    def pair() -> tuple[Tensor, Tensor]:
+        return draw(num_keys, num_kv_heads, key_dim), draw(num_keys, num_kv_heads, value_dim)
+
+    def compressor(dim: int) -> CompressorWeights:
+        flat = config.compress_block_size * dim
+        return CompressorWeights(
+            position=draw(config.compress_block_size, dim, std=0.5), up=draw(2 * dim, flat, std=flat**-0.5), down=draw(dim, 2 * dim, std=dim**-0.5)
+        )
+
+    q = draw(num_queries, num_heads, key_dim)
+    cmp = pair()
+    slc, win = (cmp, cmp) if kv == "shared" else (pair(), pair())
+    gates = torch.rand(num_queries, num_heads, 3, generator=generator, dtype=torch.float64).to(device, dtype).requires_grad_()
+    phi = Phi(k=compressor(key_dim), v=compressor(value_dim)) if config.compressor == "mlp" else None
+    ends_k = None if list(query_lengths) == list(lengths) else cumulative(lengths, device)
+    return AttentionInputs(
+        q=q,
+        kv=BranchKV(cmp=cmp, slc=slc, win=win),
+        gates=gates,
+        phi=phi,
+        config=config,
+        cu_seqlens=cumulative(query_lengths, device),
+        cu_seqlens_k=ends_k,
+    )
+
+
+def cumulative(lengths: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
+    """Lengths of N sequences → int32 `[N + 1]`, starting at 0."""
+    return torch.tensor([0, *lengths], dtype=torch.int32, device=device).cumsum(0, dtype=torch.int32)
+
+
+def query_positions(inputs: AttentionInputs) -> Tensor:
+    """int64 `[T]`: each query's position in its own sequence."""
+    ends = inputs.cu_seqlens.tolist()
+    ends_k = ends if inputs.cu_seqlens_k is None else inputs.cu_seqlens_k.tolist()
+    positions = [torch.arange(k1 - k0 - (q1 - q0), k1 - k0) for q0, q1, k0, k1 in zip(ends[:-1], ends[1:], ends_k[:-1], ends_k[1:], strict=True)]
+    return torch.cat(positions) if positions else torch.zeros(0, dtype=torch.int64)
+
+
+def relative_rms(actual: Tensor, expected: Tensor) -> float:
+    """RMS of the difference over RMS of `expected`, in fp64; 0 where both are zero, NaN stays NaN."""
+    actual, expected = actual.detach().double().cpu(), expected.detach().double().cpu()
+    if actual.shape != expected.shape:
+        raise ValueError(f"shapes differ: {tuple(actual.shape)} and {tuple(expected.shape)}")
+    error = (actual - expected).square().mean().sqrt().item() if actual.numel() else 0.0
+    size = expected.square().mean().sqrt().item() if expected.numel() else 0.0
+    return error / size if size else error
+
+
+def selection_gap(scores: Tensor, positions: Tensor, config: SparsityConfig) -> Tensor:
+    """How clear-cut each query's choice is, relative to its highest score.
+
+    Args:
+        scores: `[T, Hkv, J]` from `reference_block_scores`.
+        positions: `[T]` of the queries in their sequences.
+        config: n, l' and the forced blocks.
+
+    Returns:
+        `[T, Hkv]`: score of the last block taken for its score minus that of the best block left out, over the row's
+        highest score; inf where there was nothing to choose.
+    """
+    gaps = torch.full(scores.shape[:2], torch.inf, dtype=torch.float64)
+    for row, t in enumerate(positions.tolist()):
+        visible = t // config.select_block_size + 1
+        free = range(config.num_init_blocks, visible - config.num_local_blocks)
+        take = config.num_selected_blocks - (visible - len(free))
+        if not 0 < take < len(free):
+            continue
+        for h in range(scores.shape[1]):
+            ranked = sorted(scores[row, h, free.start : free.stop].tolist(), reverse=True)
+            gaps[row, h] = (ranked[take - 1] - ranked[take]) / max(ranked[0], 1e-300)
+    return gaps
+
+
+def clear_choices(inputs: AttentionInputs, *, bound: float = ROUNDING_FP32, scale: float | None = None) -> Tensor:
+    """bool `[T, Hkv]`: where the gap between taken and left-out blocks exceeds `bound`, judged by the oracle in fp64."""
+    exact = inputs.to(dtype=torch.float64, device="cpu", requires_grad=False)
+    scores = reference_block_scores(exact.q, exact.kv, **exact.options, scale=scale)
+    return selection_gap(scores, query_positions(exact), inputs.config) > bound
+
+
+def same_blocks(actual: Tensor, expected: Tensor) -> Tensor:
+    """bool `[…]`: rows of two selections `[…, n]` that name the same set of blocks (-1 names none)."""
+    return (actual.cpu().long().sort(dim=-1).values == expected.cpu().long().sort(dim=-1).values).all(dim=-1)
+
+
+def assert_same_selection(actual: Tensor, expected: Tensor, clear: Tensor | None = None) -> None:
+    """Fail unless two selections `[…, n]` agree as sets wherever `clear` `[…]` holds (None: everywhere)."""
+    wrong = ~same_blocks(actual, expected)
+    if clear is not None:
+        wrong &= clear
+    if wrong.any():
+        where = wrong.nonzero()[0].tolist()
+        got, want = actual[tuple(where)].tolist(), expected[tuple(where)].tolist()
+        raise AssertionError(f"{int(wrong.sum())} of {wrong.numel()} rows differ, first at {where}: got {got}, expected {want}")

@@ -1,0 +1,256 @@
+"""The vectorised PyTorch backend: packed attention for training and prefill, gathered attention for decode.
+
+Packed: sequences are padded on the right in groups (packing.py), branches are masked matrix products, long sequences are
+cut into query chunks so that no more than `CHUNK_SCORES` scores of a branch exist at once. Time grows with T²/2 in the
+selection branch (it masks instead of gathering): this backend is the CPU path and the fallback, not the fast path.
+Decode gathers s/d + n·l' + w tokens a query and nothing else.
+
+Shapes: N sequences, Hkv KV heads, G query heads of a KV head, Q queries, S keys, C compressed tokens, J blocks, E dims.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional
+
+from nsa.attention import RECOMPUTE, BranchKV, CompressorWeights, KeyValue, LayerCache, Phi
+from nsa.blocks import block_scores, num_blocks, num_compressed, select_blocks, selection_dtype, selection_mask, visible_compressed
+from nsa.config import SparsityConfig
+from nsa.packing import Packing, pad_all, plan_packing, unpad_all
+
+CHUNK_SCORES = 2**26
+
+
+def compress_blocks(blocks: torch.Tensor, weights: CompressorWeights | None) -> torch.Tensor:
+    """φ over whole blocks: `[..., l, D]` → `[..., D]`; the mean where `weights` is None."""
+    pooled = blocks.mean(dim=-2)
+    if weights is None:
+        return pooled
+    hidden = functional.linear((blocks + weights.position.to(blocks.dtype)).flatten(-2), weights.up.to(blocks.dtype))
+    return pooled + functional.linear(functional.silu(hidden), weights.down.to(blocks.dtype))
+
+
+def _compress(tokens: torch.Tensor, weights: CompressorWeights | None, config: SparsityConfig) -> torch.Tensor:
+    """`[N, H, S, D]` → `[N, H, C, D]` with C the number of complete blocks of S tokens."""
+    if num_compressed(tokens.shape[2], config) == 0:
+        return tokens[:, :, :0]
+    blocks = tokens.unfold(2, config.compress_block_size, config.compress_stride)
+    return compress_blocks(blocks.transpose(-1, -2), weights)
+
+
+def _softmax(logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """fp32 (or fp64) softmax over the masked-in entries; a row without any gives zeros."""
+    logits = logits.masked_fill(~mask, torch.finfo(logits.dtype).min)
+    return torch.softmax(logits, dim=-1).masked_fill(~mask, 0.0)
+
+
+def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
+    """Masked attention. q `[N, Hkv, G, Q, E]`, k/v `[N, Hkv, S, E]`, mask `[N, Hkv|1, Q, S]` (a row is never empty)."""
+    num, heads, group, queries, _ = q.shape
+    mask = mask.expand(num, heads, queries, k.shape[2]).flatten(0, 1)[:, None]
+    rows = (num * heads, group, k.shape[2])
+    out = functional.scaled_dot_product_attention(
+        q.flatten(0, 1), k.flatten(0, 1)[:, None].expand(*rows, -1), v.flatten(0, 1)[:, None].expand(*rows, -1), attn_mask=mask, scale=scale
+    )
+    return out.unflatten(0, (num, heads))
+
+
+def _score_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _compression(
+    q: torch.Tensor, compressed: KeyValue, positions: torch.Tensor, count: int, config: SparsityConfig, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The compression branch and the block scores it gives (Eq. 8-10).
+
+    Args:
+        q: `[N, Hkv, G, Q, Dk]`; compressed: k, v `[N, Hkv, C, …]`; positions: `[N, Q]`; count: number of blocks J.
+    Returns:
+        branch output `[N, Hkv, G, Q, Dv]` (zero where nothing is visible), scores `[N, Hkv, Q, J]` without gradient.
+    """
+    key, value = compressed
+    group, queries = q.shape[2:4]
+    scores_dtype = _score_dtype(q.dtype)
+    logits = torch.matmul(q.flatten(2, 3).to(scores_dtype) * scale, key.to(scores_dtype).transpose(-1, -2))
+    mask = visible_compressed(positions, key.shape[2], config)[:, None, None]
+    probabilities = _softmax(logits.unflatten(2, (group, queries)), mask)
+    out = torch.matmul(probabilities.flatten(2, 3).to(value.dtype), value).unflatten(2, (group, queries))
+    with torch.no_grad():
+        scores = block_scores(probabilities.detach().sum(dim=2), count, config)
+    return out, scores
+
+
+def _window(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int, scale: float) -> torch.Tensor:
+    """Causal sliding-window attention of whole sequences: blocks of w queries against bands of 2w keys."""
+    num, heads, _, length, _ = q.shape
+    size = min(window, length)
+    count = -(-length // size)
+    pad = count * size - length
+    bands = [functional.pad(x, (0, 0, size, pad)).unfold(2, 2 * size, size).transpose(-1, -2) for x in (k, v)]
+    q = functional.pad(q, (0, 0, 0, pad)).unflatten(3, (count, size)).permute(0, 1, 3, 2, 4, 5)
+    row, column = torch.arange(size, device=q.device)[:, None], torch.arange(2 * size, device=q.device) - size
+    band = (column <= row) & (column > row - window)
+    first = column >= 0
+    mask = torch.stack([band & first, band]) if count > 1 else (band & first)[None]
+    mask = mask[torch.arange(count, device=q.device).clamp(max=1)]
+    k, v = (x.flatten(1, 2) for x in bands)
+    mask = mask.expand(heads, count, size, 2 * size).flatten(0, 1)[None].expand(num, -1, -1, -1)
+    out = _attend(q.flatten(1, 2), k, v, mask, scale)
+    return out.unflatten(1, (heads, count)).permute(0, 1, 3, 2, 4, 5).flatten(3, 4)[:, :, :, :length]
+
+
+def _replayed(chosen: torch.Tensor, given: torch.Tensor | None) -> torch.Tensor:
+    """Given rows in the place of chosen ones, except where they begin with −2."""
+    if given is None:
+        return chosen
+    given = given.to(chosen.dtype)
+    return torch.where(given[..., :1] == RECOMPUTE, chosen, given)
+
+
+def _group_attention(
+    q: torch.Tensor, kv: dict[str, KeyValue], gates: torch.Tensor, given: torch.Tensor | None, offsets: torch.Tensor, phi: Phi | None,
+    config: SparsityConfig, scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """One padded group. q `[N, Q, Hq, Dk]`, k/v `[N, S, Hkv, …]`, gates `[N, Q, Hq, 3]`, given `[N, Q, Hkv, n]`.
+
+    Returns out `[N, Q, Hq, Dv]` and the selection `[N, Q, Hkv, n]` (int64)."""
+    num, queries, num_heads, _ = q.shape
+    length, heads = kv["slc"][0].shape[1:3]
+    group = num_heads // heads
+    branch = {name: (key.transpose(1, 2), value.transpose(1, 2)) for name, (key, value) in kv.items()}
+    q = q.unflatten(2, (heads, group)).permute(0, 2, 3, 1, 4)
+    compressed = (
+        _compress(branch["cmp"][0], phi.k if phi else None, config),
+        _compress(branch["cmp"][1], phi.v if phi else None, config),
+    )
+    whole = queries == length
+    weights = gates.unflatten(2, (heads, group)).permute(0, 2, 3, 1, 4).to(q.dtype)
+    count = num_blocks(length, config)
+    window = _window(q, *branch["win"], config.window_size, scale) if whole else None
+    keys = torch.arange(length, device=q.device)
+    step = max(1, min(queries, CHUNK_SCORES // (num * num_heads * length)))
+    outs, selections = [], []
+    for start in range(0, queries, step):
+        part = slice(start, min(start + step, queries))
+        positions = offsets[:, None] + torch.arange(part.start, part.stop, device=q.device)
+        out_cmp, scores = _compression(q[:, :, :, part], compressed, positions, count, config, scale)
+        chosen = select_blocks(scores, positions[:, None], config)
+        chosen = _replayed(chosen, None if given is None else given[:, part].transpose(1, 2))
+        end = length if not whole else part.stop
+        causal = keys[:end] <= positions[:, None, :, None]
+        selected = selection_mask(chosen, count).repeat_interleave(config.select_block_size, dim=-1)[..., :end] & causal
+        out_slc = _attend(q[:, :, :, part], branch["slc"][0][:, :, :end], branch["slc"][1][:, :, :end], selected, scale)
+        if window is None:
+            near = causal & (keys[:end] > positions[:, None, :, None] - config.window_size)
+            out_win = _attend(q[:, :, :, part], branch["win"][0][:, :, :end], branch["win"][1][:, :, :end], near, scale)
+        else:
+            out_win = window[:, :, :, part]
+        gate = weights[:, :, :, part]
+        outs.append(gate[..., :1] * out_cmp + gate[..., 1:2] * out_slc + gate[..., 2:] * out_win)
+        selections.append(chosen)
+    out = torch.cat(outs, dim=3) if len(outs) > 1 else outs[0]
+    selection = torch.cat(selections, dim=2) if len(selections) > 1 else selections[0]
+    return out.permute(0, 3, 1, 2, 4).flatten(2, 3), selection.transpose(1, 2)
+
+
+def packed_attention(
+    q: torch.Tensor, kv: BranchKV, gates: torch.Tensor, *, phi: Phi | None, config: SparsityConfig,
+    cu_seqlens: torch.Tensor | Packing | None, cu_seqlens_k: torch.Tensor | None, selection: torch.Tensor | None,
+    return_selection: bool, scale: float,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """`nsa_attention` in plain PyTorch; see there."""
+    if isinstance(cu_seqlens, Packing):
+        packing = cu_seqlens
+    else:
+        ends = torch.tensor([0, q.shape[0]]) if cu_seqlens is None else cu_seqlens
+        key_ends = torch.tensor([0, kv.slc[0].shape[0]]) if cu_seqlens is None and cu_seqlens_k is None else cu_seqlens_k
+        packing = plan_packing(ends, key_ends, device=q.device, num_heads=q.shape[1])
+    if packing.num_queries != q.shape[0] or packing.num_keys != kv.slc[0].shape[0]:
+        raise ValueError(f"cu_seqlens counts {packing.num_queries} queries and {packing.num_keys} keys, got {q.shape[0]} and {kv.slc[0].shape[0]}")
+    with torch.autocast(q.device.type, enabled=False):
+        tensors: dict[int, list[torch.Tensor]] = {}
+        for key, value in (kv.cmp, kv.slc, kv.win):
+            for tensor in (key, value):
+                if id(tensor) not in tensors:
+                    tensors[id(tensor)] = pad_all(tensor, packing, keys=True)
+        queries, gate_parts = pad_all(q, packing, keys=False), pad_all(gates, packing, keys=False)
+        given = None if selection is None else pad_all(selection, packing, keys=False)
+        outs, selections = [], []
+        for index, group in enumerate(packing.groups):
+            branch = {
+                name: (tensors[id(pair[0])][index], tensors[id(pair[1])][index]) for name, pair in (("cmp", kv.cmp), ("slc", kv.slc), ("win", kv.win))
+            }
+            out, chosen = _group_attention(
+                queries[index], branch, gate_parts[index], None if given is None else given[index], group.offsets, phi, config, scale
+            )
+            outs.append(out)
+            selections.append(chosen)
+        out = unpad_all(outs, packing)
+        if not return_selection:
+            return out
+        return out, unpad_all(selections, packing).to(selection_dtype(packing.max_key_length, config))
+
+
+def _token_rows(cache: LayerCache, block_table: torch.Tensor, tokens: torch.Tensor, kind: int, branch_set: int) -> torch.Tensor:
+    """Row numbers in `raw.view(-1, D)` of tokens `[B, m, Hkv, X]` of each KV head."""
+    page_size, rows = cache.page_size, cache.raw.shape[3]
+    table = block_table.long()[:, None, None].expand(*tokens.shape[:3], -1)
+    pages = table.gather(-1, tokens // page_size)
+    heads = torch.arange(cache.num_kv_heads, device=tokens.device)[:, None] + branch_set * cache.num_kv_heads
+    return ((pages * 2 + kind) * page_size + tokens % page_size) * rows + heads
+
+
+def paged_decode(
+    q: torch.Tensor, cache: LayerCache, block_table: torch.Tensor, seq_lens: torch.Tensor, gates: torch.Tensor, *, config: SparsityConfig,
+    selection: torch.Tensor | None, return_selection: bool, scale: float,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """`nsa_decode` in plain PyTorch; see there."""
+    num_new, num_heads = q.shape[1:3]
+    heads, page_size = cache.num_kv_heads, cache.page_size
+    group = num_heads // heads
+    capacity = block_table.shape[1] * page_size
+    positions = (seq_lens.long()[:, None] - num_new + torch.arange(num_new, device=q.device)).clamp(min=0)
+    grouped = q.unflatten(2, (heads, group)).permute(0, 2, 3, 1, 4)
+    weights = gates.unflatten(2, (heads, group)).permute(0, 2, 3, 1, 4)
+
+    first = config.compress_block_size // config.compress_stride - 1
+    pages = cache.cmp[block_table.long()].flatten(1, 2)[:, first : first + num_compressed(capacity, config)].transpose(1, 2)
+    key, value = pages[..., : cache.key_dim], pages[..., cache.key_dim :]
+    visible = visible_compressed(positions, pages.shape[2], config)
+    value = value.masked_fill(~visible.any(dim=1)[:, None, :, None], 0.0)
+    out, scores = _compression(grouped, (key, value), positions, num_blocks(capacity, config), config, scale)
+    chosen = _replayed(select_blocks(scores, positions[:, None], config), None if selection is None else selection.transpose(1, 2))
+
+    block, window = config.select_block_size, min(config.window_size, capacity)
+    starts = chosen.transpose(1, 2)[..., None] * block
+    slc_tokens = (starts + torch.arange(block, device=q.device)).flatten(-2)
+    at = positions[:, :, None, None]
+    slc_mask = (slc_tokens >= 0) & (slc_tokens <= at)
+    win_tokens = (at - (window - 1) + torch.arange(window, device=q.device)).expand(-1, -1, heads, -1)
+    win_mask = win_tokens >= 0
+    parts = [(slc_tokens, "slc"), (win_tokens, "win")]
+    rows = [
+        torch.cat([_token_rows(cache, block_table, t.clamp(min=0, max=capacity - 1), kind, cache.set_index(b)) for t, b in parts], -1)
+        for kind in (0, 1)
+    ]
+    flat = cache.raw.view(-1, cache.raw.shape[-1])
+    gathered = [flat.index_select(0, r.flatten()).view(*r.shape, -1).transpose(1, 2) for r in rows]
+    mask = torch.cat([slc_mask, win_mask], dim=-1).transpose(1, 2)
+    key, value = gathered[0][..., : cache.key_dim], gathered[1][..., : cache.value_dim]
+    key, value = (x.masked_fill(~mask[..., None], 0.0) for x in (key, value))
+    scores_dtype = _score_dtype(q.dtype)
+    per_query = grouped.transpose(2, 3)
+    logits = torch.matmul(per_query.to(scores_dtype) * scale, key.to(scores_dtype).transpose(-1, -2))
+    split = slc_tokens.shape[-1]
+    probabilities = [
+        _softmax(part, m[:, :, :, None]) for part, m in zip(logits.split([split, window], -1), mask.split([split, window], -1), strict=True)
+    ]
+    weights_q = weights.transpose(2, 3).to(scores_dtype)
+    combined = torch.cat([weights_q[..., 1:2] * probabilities[0], weights_q[..., 2:] * probabilities[1]], dim=-1)
+    near = torch.matmul(combined.to(value.dtype), value)
+    out = weights[..., :1].to(out.dtype) * out + near.transpose(2, 3)
+    out = out.permute(0, 3, 1, 2, 4).flatten(2, 3).to(q.dtype)
+    if not return_selection:
+        return out
+    return out, chosen.transpose(1, 2).to(selection_dtype(capacity, config))
