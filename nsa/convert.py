@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from nsa.config import NSAConfig
@@ -176,7 +177,8 @@ def convert(source: str | os.PathLike[str], destination: str | os.PathLike[str],
 
     dense = _load_dense(origin, dtype)
     samples = _sample_ids(config, tokenizer)
-    expected = _logits(dense.float(), samples)
+    # Transformers' own .float() refuses models that came from a GGUF file, whose weights are plain tensors by now.
+    expected = _logits(torch.nn.Module.float(dense), samples)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = NSAForCausalLM(config)
@@ -197,7 +199,8 @@ def convert(source: str | os.PathLike[str], destination: str | os.PathLike[str],
         worst = max(check.error for check in checks)
         if not worst <= TOLERANCE:
             raise ValueError(
-                f"the converted model's logits differ from the dense model's by {worst:.1e} of the largest (allowed {TOLERANCE:.0e}); nothing was written"
+                f"the converted model's logits differ from the dense model's by {worst:.1e} of the largest (allowed {TOLERANCE:.0e}); "
+                "nothing was written"
             )
         _publish(folder, destination)
     return Conversion(
@@ -364,7 +367,7 @@ def _load_dense(origin: _Source, dtype: torch.dtype) -> PreTrainedModel:
         return AutoModelForCausalLM.from_pretrained(origin.name, dtype=dtype, **origin.keywords).eval()
     except ImportError as error:
         raise ValueError(f"{origin}: {_first_line(error)} (GGUF files need: pip install 'nsa-grpo[gguf]')") from error
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise ValueError(f"cannot read the weights of {origin}: {_first_line(error)}") from error
 
 

@@ -10,6 +10,7 @@ Shapes: T packed tokens, E hidden size, Hq/Hkv heads, Dk/Dv head dims.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -95,12 +96,32 @@ class RotaryEmbedding(nn.Module):
         return angles.cos() * self.scaling, angles.sin() * self.scaling
 
 
+class _Rotate(torch.autograd.Function):
+    """The rotation, and its inverse as the gradient: two half-width passes each instead of a chain of full ones."""
+
+    @staticmethod
+    def turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        half = x.shape[-1] // 2
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        first, second, cos, sin = wide[..., :half], wide[..., half:], cos[..., :half], sin[..., :half]
+        return torch.cat([(first * cos).addcmul_(second, sin, value=-1), (second * cos).addcmul_(first, sin)], dim=-1).to(x.dtype)
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _Rotate.turn(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _Rotate.turn(gradients[0], cos, -sin), None, None
+
+
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """RoPE in fp32 (or fp64), halves convention: `[T, H, D]` → the same shape and dtype."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    first, second = x.to(dtype).chunk(2, dim=-1)
-    turned = torch.cat([-second, first], dim=-1)
-    return (x.to(dtype) * cos + turned * sin).to(x.dtype)
+    """RoPE in fp32 (or fp64), halves convention: `[T, H, D]` → the same shape and dtype. cos, sin: `[T, 1, D]`."""
+    turned = _Rotate.apply(x, cos, sin)
+    assert isinstance(turned, torch.Tensor)
+    return turned
 
 
 class MLP(nn.Module):

@@ -23,13 +23,15 @@ from nsa.attention import LayerCache
 from nsa.cache import NSACache, plan_write
 from nsa.config import NSAConfig
 from nsa.layers import Compressor, DecoderLayer, NSAAttention, RMSNorm, RotaryEmbedding, StepContext, linear
-from nsa.packing import plan_packing
+from nsa.packing import pad_all, padded_waste, plan_packing, uniform_packing, unpad_all
 
 AUTO_MAP = {
     "AutoConfig": "configuration_nsa_grpo.NSAConfig",
     "AutoModel": "modeling_nsa_grpo.NSAModel",
     "AutoModelForCausalLM": "modeling_nsa_grpo.NSAForCausalLM",
 }
+MAX_PADDED_WASTE = 0.15
+"""Sequences of nearly one length run padded through all layers: that many dummy rows cost less than gathering in each."""
 SHIMS = {
     "configuration_nsa_grpo.py": "from nsa.config import NSAConfig\n\n__all__ = ['NSAConfig']\n",
     "modeling_nsa_grpo.py": "from nsa.model import NSAForCausalLM, NSAModel\n\n__all__ = ['NSAForCausalLM', 'NSAModel']\n",
@@ -172,8 +174,17 @@ class NSAModel(NSAPreTrainedModel):
         hidden = self.embed_tokens(token_ids_T.to(device)) if inputs_embeds_TE is None else inputs_embeds_TE
         cos, sin = self.rotary(positions_T.to(device))
         packing = plan_packing(cu_seqlens_N1, None, device=device, num_heads=self.config.num_attention_heads)
-        step = StepContext(cos=cos, sin=sin, packing=packing, return_selection=return_selection)
-        return self._run(hidden, step, None, None if selection is None else selection.to(device))
+        selection = None if selection is None else selection.to(device)
+        if padded_waste(packing) > MAX_PADDED_WASTE:
+            return self._run(hidden, StepContext(cos=cos, sin=sin, packing=packing, return_selection=return_selection), None, selection)
+        rows = packing.groups[0].query_rows
+        step = StepContext(cos=cos[rows], sin=sin[rows], packing=uniform_packing(packing), return_selection=return_selection)
+        padded = self._run(pad_all(hidden, packing, keys=False)[0].flatten(0, 1), step, None, None if selection is None else selection[rows])
+        shape = (packing.groups[0].num_sequences, -1)
+        return PackedOutput(
+            unpad_all([padded.hidden_TE.unflatten(0, shape)], packing),
+            None if padded.selection is None else unpad_all([padded.selection.unflatten(0, shape)], packing),
+        )
 
     def forward_cached(
         self,

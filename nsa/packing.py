@@ -121,6 +121,21 @@ def plan_packing(
     )
 
 
+def padded_waste(packing: Packing) -> float:
+    """Share of padded rows if a single group were computed in its padded layout throughout; 1.0 where there are more
+    groups or no padding is needed."""
+    if len(packing.groups) != 1 or packing.groups[0].uniform:
+        return 1.0
+    return 1.0 - packing.num_queries / len(packing.groups[0].query_rows)
+
+
+def uniform_packing(packing: Packing) -> Packing:
+    """The single group's padded layout as a packing of its own: every sequence as long as the longest."""
+    group = packing.groups[0]
+    ends = torch.arange(group.num_sequences + 1) * group.query_length
+    return plan_packing(ends, None, device=group.query_rows.device, num_heads=1, budget=2**62)
+
+
 class _Gather(torch.autograd.Function):
     """rows[index], zero where not valid; the backward pass gathers by the inverse index instead of scattering."""
 

@@ -60,7 +60,7 @@ def reference_attention(
     Raises:
         ValueError: another dtype, `phi` that does not fit `config.compressor`, or lengths that do not fit.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
     num_kv_heads = kv.slc[0].shape[1]
     group = q.shape[1] // num_kv_heads
     outputs: list[Tensor] = []
@@ -77,7 +77,7 @@ def reference_attention(
             heads = []
             for h in range(num_kv_heads):
                 query = q[row, h * group : (h + 1) * group]
-                p_cmp = _compressed_probabilities(query, cmp_k[:, h], t, config, scale)
+                p_cmp = _compressed_probabilities(query, cmp_k[:, h], t, config, factor)
                 if selection is None or int(selection[row, h, 0]) == RECOMPUTE:
                     blocks = _choose(_block_scores(p_cmp, t, config), config)
                 else:
@@ -86,8 +86,8 @@ def reference_attention(
                 selected = [s for s in range(t + 1) if s // config.select_block_size in blocks]
                 branches = [
                     p_cmp @ cmp_v[: p_cmp.shape[1], h],
-                    _attend(query, slc_k[selected, h], slc_v[selected, h], scale),
-                    _attend(query, win_k[window.start : window.stop, h], win_v[window.start : window.stop, h], scale),
+                    _attend(query, slc_k[selected, h], slc_v[selected, h], factor),
+                    _attend(query, win_k[window.start : window.stop, h], win_v[window.start : window.stop, h], factor),
                 ]
                 gate = gates[row, h * group : (h + 1) * group]
                 heads.append(sum(gate[:, c, None] * branch for c, branch in enumerate(branches)))
@@ -115,7 +115,7 @@ def reference_block_scores(
     Returns:
         fp64 `[T, Hkv, J]`, J of the longest sequence; -inf where a block starts after the query.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
     num_kv_heads = kv.slc[0].shape[1]
     group = q.shape[1] // num_kv_heads
     sequences = list(_sequences(q, kv, phi, config, cu_seqlens, cu_seqlens_k))
@@ -126,7 +126,7 @@ def reference_block_scores(
         for row in range(queries.start, queries.stop):
             t = keys.stop - keys.start - (queries.stop - row)
             for h in range(num_kv_heads):
-                p_cmp = _compressed_probabilities(q[row, h * group : (h + 1) * group], cmp_k[:, h], t, config, scale)
+                p_cmp = _compressed_probabilities(q[row, h * group : (h + 1) * group], cmp_k[:, h], t, config, factor)
                 row_scores = _block_scores(p_cmp, t, config)
                 scores[row, h, : len(row_scores)] = torch.tensor(row_scores, dtype=torch.float64)
     return scores

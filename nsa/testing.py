@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from nsa.attention import BranchKV, CompressorWeights, Phi
-from nsa.config import SparsityConfig
+from nsa.config import NSAConfig, SparsityConfig
 from nsa.reference import reference_block_scores
 
 ROUNDING_FP32 = 1e-5
@@ -142,6 +142,27 @@ def make_inputs(
         cu_seqlens=cumulative(query_lengths, device),
         cu_seqlens_k=ends_k,
     )
+
+
+def tiny_config(**changes: Any) -> NSAConfig:
+    """A two-layer model of some 20,000 parameters with small blocks (l 8, d 4, l' 8, n 4, w 6), changed as asked."""
+    settings: dict[str, Any] = {
+        "vocab_size": 61,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.3,
+        "compress_block_size": 8,
+        "compress_stride": 4,
+        "select_block_size": 8,
+        "num_selected_blocks": 4,
+        "window_size": 6,
+    }
+    return NSAConfig(**(settings | changes))
 
 
 def cumulative(lengths: Sequence[int], device: torch.device | str = "cpu") -> Tensor:

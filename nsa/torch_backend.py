@@ -31,11 +31,27 @@ def compress_blocks(blocks: torch.Tensor, weights: CompressorWeights | None) -> 
 
 
 def _compress(tokens: torch.Tensor, weights: CompressorWeights | None, config: SparsityConfig) -> torch.Tensor:
-    """`[N, H, S, D]` → `[N, H, C, D]` with C the number of complete blocks of S tokens."""
-    if num_compressed(tokens.shape[2], config) == 0:
+    """`[N, H, S, D]` → `[N, H, C, D]` with C the number of complete blocks of S tokens.
+
+    Neighbouring blocks share l − d tokens, so the sums over a block are taken over chunks of d tokens once and added up
+    afterwards: no overlapping copies, neither forward nor backward."""
+    count = num_compressed(tokens.shape[2], config)
+    if count == 0:
         return tokens[:, :, :0]
-    blocks = tokens.unfold(2, config.compress_block_size, config.compress_stride)
-    return compress_blocks(blocks.transpose(-1, -2), weights)
+    l, d = config.compress_block_size, config.compress_stride
+    ratio = l // d
+    chunks = tokens[:, :, : (count + ratio - 1) * d].unflatten(2, (-1, d))
+    sums = chunks.sum(dim=3)
+    pooled = sum((sums[:, :, j : j + count] for j in range(1, ratio)), start=sums[:, :, :count]) / l
+    if weights is None:
+        return pooled
+    hidden_size, dim = weights.up.shape[0], tokens.shape[-1]
+    up = weights.up.to(tokens.dtype).view(hidden_size, ratio, d * dim).transpose(0, 1).flatten(0, 1)
+    parts = functional.linear(chunks.flatten(3), up).unflatten(-1, (ratio, hidden_size))
+    hidden = functional.linear(weights.position.to(tokens.dtype).flatten(), weights.up.to(tokens.dtype))
+    for j in range(ratio):
+        hidden = hidden + parts[:, :, j : j + count, j]
+    return pooled + functional.linear(functional.silu(hidden), weights.down.to(tokens.dtype))
 
 
 def _softmax(logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -87,7 +103,10 @@ def _window(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int, scal
     size = min(window, length)
     count = -(-length // size)
     pad = count * size - length
-    bands = [functional.pad(x, (0, 0, size, pad)).unfold(2, 2 * size, size).transpose(-1, -2) for x in (k, v)]
+    bands = []
+    for x in (k, v):
+        blocks = functional.pad(x, (0, 0, size, pad)).unflatten(2, (count + 1, size))
+        bands.append(torch.cat([blocks[:, :, :-1], blocks[:, :, 1:]], dim=3))
     q = functional.pad(q, (0, 0, 0, pad)).unflatten(3, (count, size)).permute(0, 1, 3, 2, 4, 5)
     row, column = torch.arange(size, device=q.device)[:, None], torch.arange(2 * size, device=q.device) - size
     band = (column <= row) & (column > row - window)
@@ -238,7 +257,6 @@ def paged_decode(
     gathered = [flat.index_select(0, r.flatten()).view(*r.shape, -1).transpose(1, 2) for r in rows]
     mask = torch.cat([slc_mask, win_mask], dim=-1).transpose(1, 2)
     key, value = gathered[0][..., : cache.key_dim], gathered[1][..., : cache.value_dim]
-    key, value = (x.masked_fill(~mask[..., None], 0.0) for x in (key, value))
     scores_dtype = _score_dtype(q.dtype)
     per_query = grouped.transpose(2, 3)
     logits = torch.matmul(per_query.to(scores_dtype) * scale, key.to(scores_dtype).transpose(-1, -2))
