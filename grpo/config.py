@@ -6,6 +6,7 @@ with a suggestion. configs/README.md explains every key. Nothing here loads a mo
 
 from __future__ import annotations
 
+import copy
 import difflib
 import re
 from collections.abc import Sequence
@@ -328,9 +329,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 
 # YAML 1.1 reads 1e-6 as a string; users mean a number.
-_UniqueKeyLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
+_UniqueKeyLoader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789"))
 
 
 def parse_yaml(text: str) -> Any:
@@ -367,6 +366,18 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
             raise ConfigError(f"override {override!r}: {parent} is not a section")
         node = child
     node[last] = parse_yaml(value)
+
+
+def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A copy of `tree` with `key.sub=value` strings applied in order (values are YAML).
+
+    Raises:
+        ConfigError: not of that form, not YAML, or a key below something that is not a section.
+    """
+    tree = copy.deepcopy(tree)
+    for override in overrides:
+        _apply_override(tree, override)
+    return tree
 
 
 def _describe(error: ValidationError, schema: type[BaseModel]) -> str:
@@ -410,8 +421,4 @@ def load_config(schema: type[ConfigT], path: str | Path, overrides: Sequence[str
     tree = parse_yaml(path.read_text(encoding="utf-8"))
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} must hold a mapping of sections, got {type(tree).__name__}")
-    for override in overrides:
-        _apply_override(tree, override)
-    if "name" not in tree:
-        tree["name"] = path.stem
-    return build_config(schema, tree)
+    return build_config(schema, apply_overrides({"name": path.stem, **tree}, overrides))

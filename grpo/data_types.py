@@ -11,9 +11,10 @@ G samples of a group, L tokens of one completion, P prompt tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
+if TYPE_CHECKING:  # the reward actor uses these records and does without torch
+    import torch
 
 FinishReason = Literal["stop", "length"]
 
@@ -93,13 +94,15 @@ class Batch:
     token_ids_T: torch.Tensor
     positions_T: torch.Tensor
     cu_seqlens_N1: torch.Tensor
+    samples_N2: torch.Tensor
+    """(group, completion) of each sequence: indices into the list of groups that was packed."""
     loss_weights_T: torch.Tensor
     advantages_T: torch.Tensor
     sampler_logprobs_T: torch.Tensor
     old_logprobs_T: torch.Tensor | None = None
     reference_logprobs_T: torch.Tensor | None = None
     selection: torch.Tensor | None = None
-    """`[T, layers, Hkv, n]` block choices to replay, or None to recompute; rows of -2 are recomputed."""
+    """`[T, layers, Hkv, n]` block choices the sampler recorded (to replay, or to compare with), None where it recorded none; rows of -2 are unrecorded."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
-
-import torch
+from typing import TYPE_CHECKING, Protocol
 
 from grpo.data_types import Group, Prompt
+
+if TYPE_CHECKING:  # the reward actor imports this and does without torch
+    import torch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,85 @@
+"""A packed batch on the learner's device, and the policy's log-probabilities of its rows in the loss.
+
+Leaves out gradients and the loss. The learner calls `row_logprobs` for π, π_old and π_ref alike, so equal weights give
+equal numbers bit for bit.
+
+Shape suffixes: T packed tokens, N sequences, R rows in the loss (predicted tokens).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from grpo.data_types import Batch
+from grpo.logprobs import token_logprobs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MicroBatch:
+    """A batch with its rows in the loss: row r predicts packed token `rows_R[r]`, of sequence `sequence_R[r]`."""
+
+    batch: Batch
+    rows_R: torch.Tensor
+    sequence_R: torch.Tensor
+    num_sequences: int
+
+
+def prepare(batch: Batch, device: torch.device) -> MicroBatch:
+    """Move a packed batch to the device and find its rows in the loss."""
+    rows_R = batch.loss_weights_T.nonzero().squeeze(1)
+    lengths_N = batch.cu_seqlens_N1.diff().long()
+    sequence_T = torch.arange(len(lengths_N)).repeat_interleave(lengths_N)
+    # cu_seqlens stays on the CPU: the model plans its work from it.
+    names = ("token_ids_T", "positions_T", "loss_weights_T", "advantages_T", "sampler_logprobs_T")
+    moved = {name: getattr(batch, name).to(device) for name in names}
+    selection = None if batch.selection is None else batch.selection.to(device)
+    return MicroBatch(
+        batch=replace(batch, selection=selection, **moved),
+        rows_R=rows_R.to(device),
+        sequence_R=sequence_T[rows_R].to(device),
+        num_sequences=len(lengths_N),
+    )
+
+
+def row_logprobs(
+    model: Any,
+    micro: MicroBatch,
+    *,
+    temperature: float,
+    chunk: int,
+    compute_dtype: torch.dtype | None,
+    replay: bool,
+    return_selection: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Log-probs and entropies `[R]` of the rows in the loss, and the block choices `[T, layers, Hkv, n]` where asked.
+
+    `compute_dtype` None runs in the weights' dtype, otherwise under autocast. `replay` uses the recorded choices.
+    """
+    batch = micro.batch
+    autocast = torch.autocast(batch.token_ids_T.device.type, dtype=compute_dtype) if compute_dtype else contextlib.nullcontext()
+    with autocast:
+        packed = model.model.forward_packed(
+            batch.token_ids_T,
+            batch.positions_T,
+            batch.cu_seqlens_N1,
+            selection=batch.selection if replay else None,
+            return_selection=return_selection,
+        )
+    logprobs_R, entropy_R = token_logprobs(
+        packed.hidden_TE.index_select(0, micro.rows_R - 1),
+        model.lm_head.weight,
+        batch.token_ids_T[micro.rows_R],
+        temperature=temperature,
+        chunk=chunk,
+        compute_dtype=compute_dtype,
+    )
+    return logprobs_R, entropy_R, packed.selection if return_selection else None
+
+
+def scatter_rows(micro: MicroBatch, values_R: torch.Tensor) -> torch.Tensor:
+    """`[T]`: the rows' values at their tokens, 0 elsewhere."""
+    return values_R.new_zeros(micro.batch.token_ids_T.shape).index_copy_(0, micro.rows_R, values_R)

@@ -1,0 +1,214 @@
+"""The parts of a run (rollout, reward, learner) and the runtime that holds them: one process here, Ray in grpo.actors.
+
+    runtime.engine    an Engine, and the checksum of its weights
+    runtime.scorer    groups in, (group, scores) out
+    runtime.learner   step, weights, save, load
+
+The trainer sees these three handles and never where they run. `LocalRuntime` is for debugging and for machines without
+room for processes: the same classes, called directly. Leaves out the order of things (grpo.trainer).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from grpo.actor_host import FAILED_REWARDS
+from grpo.config import RunConfig
+from grpo.data_types import Group, Prompt, Score, ScoredGroup, StepStats
+from grpo.rollout.engine import Engine, Sampling
+from grpo.scoring import Scorer
+from grpo.seeding import fold, seed_everything
+from grpo.weight_sync import checksum
+
+if TYPE_CHECKING:
+    from grpo.rollout.torch_engine import TorchEngine
+
+OPTIMIZER_FILE = "optimizer.pt"
+
+
+class EngineHandle(Engine, Protocol):
+    """An engine that can say which weights it holds."""
+
+    def checksum(self) -> int | None:
+        """`weight_sync.checksum` of the weights in use; None where the engine keeps them in another form (vLLM)."""
+        ...
+
+
+class ScorerHandle(Protocol):
+    def score(self, groups: Iterable[Group]) -> Iterator[tuple[Group, tuple[Score, ...]]]:
+        """Every group with one Score per completion; scoring goes on while the next group is drawn from `groups`."""
+        ...
+
+    def metrics(self) -> dict[str, float]:
+        """Counts since the last call (timeouts, failures, samples left out)."""
+        ...
+
+
+class LearnerHandle(Protocol):
+    @property
+    def policy_version(self) -> int: ...
+
+    def step(self, scored_groups: Sequence[ScoredGroup]) -> StepStats: ...
+
+    def weights(self) -> Iterable[tuple[str, torch.Tensor]]: ...
+
+    def checksum(self) -> int:
+        """`weight_sync.checksum` of the weights in the sampler's dtype."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Model files, tokenizer left out, and optimizer.pt."""
+        ...
+
+    def load(self, folder: Path) -> None:
+        """Continue from what `save` wrote."""
+        ...
+
+
+class Runtime(Protocol):
+    """Three handles; `close` stops everything that was started for them and may be called twice."""
+
+    @property
+    def engine(self) -> EngineHandle: ...
+
+    @property
+    def scorer(self) -> ScorerHandle: ...
+
+    @property
+    def learner(self) -> LearnerHandle: ...
+
+    def close(self) -> None: ...
+
+
+def start_runtime(config: RunConfig, run_dir: Path) -> Runtime:
+    """The runtime that `config.runtime.kind` names, with its parts built."""
+    if config.runtime.kind == "local":
+        return LocalRuntime(config, run_dir)
+    from grpo.actors import RayRuntime
+
+    return RayRuntime(config, run_dir)
+
+
+def use_threads(config: RunConfig) -> None:
+    """`runtime.threads`, else all cores: Ray gives a process one OpenMP thread."""
+    torch.set_num_threads(config.runtime.threads or len(os.sched_getaffinity(0)))
+
+
+def build_engine(config: RunConfig) -> Engine:
+    """The sampler of a run, with the weights of `config.model.path` as version 0."""
+    if config.rollout.engine == "vllm":
+        from grpo.rollout.vllm_engine import VLLMEngine  # type: ignore[import-not-found]
+
+        return VLLMEngine(config)
+    return _torch_engine(config)
+
+
+def _torch_engine(config: RunConfig) -> TorchEngine:
+    from transformers import AutoTokenizer
+
+    from grpo.learner import load_policy, resolve_device
+    from grpo.rollout.torch_engine import TorchEngine
+
+    model: Any = load_policy(config)
+    if config.model.attention_backend != "auto":
+        model.config.attention_backend = config.model.attention_backend
+    return TorchEngine(
+        model,
+        AutoTokenizer.from_pretrained(config.model.path),
+        max_sequences=config.rollout.max_sequences,
+        max_cache_tokens=config.rollout.max_cache_tokens,
+        device=resolve_device(config.model.device),
+        dtype=getattr(torch, config.model.dtype),
+        cuda_graphs=config.rollout.cuda_graphs,
+    )
+
+
+class RolloutPart:
+    """An engine and its weights' checksum."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self._engine = build_engine(config)
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Group]:
+        return self._engine.generate(prompts, sampling)
+
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+        return self._engine.score(sequences)
+
+    def load_weights(self, version: int, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        self._engine.load_weights(version, named_tensors)
+
+    def checksum(self) -> int | None:
+        from grpo.rollout.torch_engine import TorchEngine
+
+        return checksum(self._engine.model.named_parameters()) if isinstance(self._engine, TorchEngine) else None
+
+    def sleep(self) -> None:
+        self._engine.sleep()
+
+    def wake(self) -> None:
+        self._engine.wake()
+
+    def health(self) -> dict[str, float]:
+        return self._engine.health()
+
+    def close(self) -> None:
+        self._engine.close()
+
+
+class LearnerPart:
+    """A learner and its files."""
+
+    def __init__(self, config: RunConfig) -> None:
+        from grpo.learner import Learner
+
+        seed_everything(fold(config.train.seed, "learner"))
+        self._learner = Learner(config)
+        self._sampler_dtype = getattr(torch, config.model.dtype)
+
+    @property
+    def policy_version(self) -> int:
+        return self._learner.policy_version
+
+    def version(self) -> int:
+        return self._learner.policy_version
+
+    def step(self, scored_groups: Sequence[ScoredGroup]) -> StepStats:
+        return self._learner.step(scored_groups)
+
+    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return self._learner.weights()
+
+    def checksum(self) -> int:
+        return checksum((name, tensor.to(self._sampler_dtype)) for name, tensor in self._learner.weights())
+
+    def save(self, folder: Path) -> None:
+        self._learner.save_model(folder)
+        torch.save(self._learner.state_dict(), folder / OPTIMIZER_FILE)
+
+    def load(self, folder: Path) -> None:
+        self._learner.load_state_dict(torch.load(folder / OPTIMIZER_FILE, weights_only=True, map_location="cpu"), folder)
+
+
+class LocalRuntime:
+    """All parts in this process."""
+
+    def __init__(self, config: RunConfig, run_dir: Path) -> None:
+        if config.runtime.threads is not None:
+            torch.set_num_threads(config.runtime.threads)
+        self.scorer = Scorer(config.rewards, prefilled=config.prompt.prefill_think, save_dir=run_dir / FAILED_REWARDS)
+        try:
+            self.engine = RolloutPart(config)
+            self.learner = LearnerPart(config)
+        except BaseException:
+            self.scorer.close()
+            raise
+
+    def close(self) -> None:
+        self.scorer.close()
+        self.engine.close()
