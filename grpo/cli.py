@@ -227,8 +227,14 @@ def build_parser() -> argparse.ArgumentParser:
     report = _add(verbs, "report", _report, "plots, samples and a page of a run", "nsa-grpo report runs/gsm8k")
     report.add_argument("run_dir", metavar="RUN_DIR")
 
-    quickstart = _add(verbs, "quickstart", _quickstart, "the whole job on a tiny model, in minutes on two cores", "nsa-grpo quickstart")
-    quickstart.add_argument("arguments", nargs=argparse.REMAINDER, help="handed on to the quickstart")
+    _add(
+        verbs,
+        "quickstart",
+        _quickstart,
+        "the whole job on a tiny model, in minutes on two cores (options: --out FOLDER, --seed N, --twin NAME)",
+        "nsa-grpo quickstart",
+        "nsa-grpo quickstart --out runs/try --seed 1 train.steps=20",
+    )
     return parser
 
 
@@ -270,7 +276,9 @@ def _add(
     verbs: argparse._SubParsersAction[argparse.ArgumentParser], name: str, run: Callable[[argparse.Namespace], int] | None, what: str, *examples: str
 ) -> argparse.ArgumentParser:
     epilog = "examples:\n" + "\n".join(f"  {example}" for example in examples)
-    parser = verbs.add_parser(name, help=what, description=what, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = verbs.add_parser(
+        name, help=what.replace("%", "%%"), description=what, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     if run is not None:
         parser.set_defaults(run=run)
     return parser
@@ -291,8 +299,11 @@ def _positive(text: str) -> int:
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Parse; `overrides` are the key=value arguments, wherever they stand (an option's value is not one of them)."""
     parser = build_parser()
-    if "quickstart" in argv[:2]:
-        return parser.parse_args(argv)
+    if "quickstart" in argv[:2] and not {"-h", "--help"} & set(argv):
+        place = list(argv).index("quickstart")
+        args = parser.parse_args(argv[: place + 1])
+        args.arguments = list(argv[place + 1 :])  # argparse.REMAINDER would refuse an option in the first place
+        return args
     overrides, rest = [], []
     for position, argument in enumerate(argv):
         before = argv[position - 1] if position else ""

@@ -6,17 +6,16 @@ so one call lists them all.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
 
 from grpo.config import RunConfig, SftConfig
-from grpo.data import load_rows
+from grpo.data import Row, load_rows
 from grpo.doctor import device_memory
 from grpo.memory_plan import plan_memory, read_model_config, size
-from grpo.rewards_check import faults, score_samples
+from grpo.rewards_check import score_samples
 
 _SAMPLE_ROWS = 2
 
@@ -78,14 +77,21 @@ def _data(config: RunConfig) -> str:
 def _rewards(config: RunConfig) -> str:
     data = config.data
     columns = {"question_column": data.question_column, "answer_column": data.answer_column}
-    rows = load_rows(data.train, split=data.split, limit=_SAMPLE_ROWS, **columns)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        scored = score_samples(rows, config.rewards, prefilled=config.prompt.prefill_think)
-    if found := faults(scored):
-        raise ValueError("\n".join([*found, *(str(one.message) for one in caught)]))
-    _, _, (right, wrong) = scored[0]
-    return ", ".join(f"{name} gives {value:g} for the gold answer and {wrong.parts[name]:g} for a wrong one" for name, value in right.parts.items())
+    note = ""
+    try:
+        rows = load_rows(data.train, split=data.split, limit=_SAMPLE_ROWS, **columns)
+    except (ValueError, OSError):  # the data check has said why
+        rows, note = [Row(question="What is 1 + 1?", answer="2")], " (tried on a row of ours without further columns, as the data cannot be read)"
+    samples = score_samples(rows, config.rewards, prefilled=config.prompt.prefill_think)
+    if samples.faults:
+        raise ValueError("\n".join(fault + note for fault in samples.faults))
+    return ", ".join(
+        f"{name} gives {_number(pairs[0][0])} for a gold answer and {_number(pairs[0][1])} for a wrong one" for name, pairs in samples.values.items()
+    )
+
+
+def _number(value: float | None) -> str:
+    return "none" if value is None else f"{value:g}"
 
 
 def _model(path: str) -> str:

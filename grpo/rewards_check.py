@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
@@ -16,7 +17,7 @@ from rich.text import Text
 
 from grpo.config import RewardSpec, RewardsSection
 from grpo.data import Row, load_rows
-from grpo.data_types import Completion, Group, Prompt, Score
+from grpo.data_types import Completion, Group, Prompt
 
 
 def check_gold(data: str, *, show: int, **columns: Any) -> int:
@@ -67,53 +68,54 @@ def check_reward(data: str, reward: str, *, num_rows: int, **columns: Any) -> in
     """Call one reward on sample rows, with the gold answer and with a wrong one; 1 if a call failed."""
     console = Console()
     rows = load_rows(data, **{**columns, "limit": num_rows})
-    section = RewardsSection(functions=(RewardSpec(name=reward),))
-    scored = score_samples(rows, section, prefilled=False)
-    for row, group, scores in scored:
+    samples = score_samples(rows, RewardsSection(functions=(RewardSpec(name=reward),)), prefilled=False)
+    for row, (right, wrong) in zip(rows, samples.values[reward], strict=True):
         table = Table(title=Text(row.question[:200]), show_lines=True)
-        for column in ("completion", reward, "answer found"):
-            table.add_column(column, overflow="fold")
-        for completion, score in zip(group.completions, scores, strict=True):
-            value = score.parts.get(reward)
-            shown = "timed out or died" if reward in score.timed_out else "failed" if value is None else f"{value:g}"
-            table.add_row(Text(completion.text), shown, Text(score.answer or ""))
+        table.add_column("completion", overflow="fold")
+        table.add_column(Text(reward), justify="right")
+        table.add_row(Text(answer_completion(row.answer, prefilled=False)), _number(right))
+        table.add_row(Text(answer_completion(WRONG, prefilled=False)), _number(wrong))
         console.print(table)
-    return 1 if faults(scored) else 0
+    for fault in samples.faults:
+        console.print(fault, style="red", markup=False, highlight=False, soft_wrap=True)
+    return 1 if samples.faults else 0
 
 
-Scored = list[tuple[Row, Group, tuple[Score, ...]]]
+WRONG = "no idea"
 
 
-def score_samples(rows: Sequence[Row], section: RewardsSection, *, prefilled: bool) -> Scored:
-    """Score two completions of every row, the gold answer's and a wrong one's, with the run's own Scorer."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleScores:
+    """`values[reward]` has one (gold answer's, wrong answer's) pair per row; `faults` one line per reward that failed."""
+
+    values: dict[str, list[tuple[float | None, float | None]]]
+    faults: tuple[str, ...]
+
+
+def score_samples(rows: Sequence[Row], section: RewardsSection, *, prefilled: bool) -> SampleScores:
+    """Call every reward of a run on two completions of each row, through the run's own Scorer.
+
+    Raises:
+        ValueError: a reward that cannot be loaded.
+    """
     from grpo.scoring import Scorer
 
-    groups = [sample_group(row, str(number), prefilled=prefilled) for number, row in enumerate(rows)]
-    scorer = Scorer(section, prefilled=prefilled)
-    try:
-        scores = {group.prompt.prompt_id: (group, scored) for group, scored in scorer.score(groups)}
-    finally:
-        scorer.close()
-    return [(row, *scores[str(number)]) for number, row in enumerate(rows)]
-
-
-def faults(scored: Scored) -> list[str]:
-    """One line per reward that timed out, died or gave no value for some sample."""
-    found: dict[str, str] = {}
-    for _, group, scores in scored:
-        for completion, score in zip(group.completions, scores, strict=True):
-            for name, value in score.parts.items():
-                if name in score.timed_out:
-                    found.setdefault(name, f"reward {name}: timed out or died on {completion.text!r}")
-                elif value is None:
-                    found.setdefault(name, f"reward {name}: no value for {completion.text!r}")
-    return list(found.values())
+    faults: dict[str, str] = {}
+    with Scorer(section, prefilled=prefilled) as scorer:
+        for result in scorer.check(rows):
+            if result.fault is not None:
+                faults.setdefault(result.name, f"reward {result.name}, question {result.question[:60]!r}: {result.fault}")
+        groups = [sample_group(row, str(number), prefilled=prefilled) for number, row in enumerate(rows)]
+        scores = {group.prompt.prompt_id: scored for group, scored in scorer.score(groups)}
+    pairs = [scores[group.prompt.prompt_id] for group in groups]
+    values = {spec.name: [(right.parts[spec.name], wrong.parts[spec.name]) for right, wrong in pairs] for spec in section.functions}
+    return SampleScores(values=values, faults=tuple(faults.values()))
 
 
 def sample_group(row: Row, prompt_id: str, *, prefilled: bool) -> Group:
-    """A group as the rollout would make it, with texts of ours and no tokens."""
-    texts = (answer_completion(row.answer, prefilled=prefilled), answer_completion("no idea", prefilled=prefilled))
+    """A group as the rollout would make it: the gold answer's completion and a wrong one, without tokens."""
     prompt = Prompt(prompt_id=prompt_id, token_ids=(), question=row.question, answer=row.answer, text=row.question, meta=row.meta)
+    texts = [answer_completion(answer, prefilled=prefilled) for answer in (row.answer, WRONG)]
     completions = tuple(Completion(token_ids=(), logprobs=(), text=text, finish_reason="stop", policy_version=0) for text in texts)
     return Group(prompt=prompt, completions=completions)
 
@@ -121,3 +123,7 @@ def sample_group(row: Row, prompt_id: str, *, prefilled: bool) -> Group:
 def answer_completion(answer: str, *, prefilled: bool) -> str:
     """A well-formed completion that gives `answer`."""
     return f"{'' if prefilled else ' <think>'} A sample. </think> <answer> {answer} </answer>"
+
+
+def _number(value: float | None) -> str:
+    return "none" if value is None else f"{value:g}"

@@ -12,7 +12,6 @@ Shape suffixes: T packed tokens of a micro-batch, N its sequences (N1 = N + 1), 
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections.abc import Sequence
@@ -37,8 +36,6 @@ from grpo.prompt_settings import save_prompt_settings
 from grpo.seeding import seed_everything
 from grpo.sft_data import Dropped, SftExample, SftText, load_texts, plan_steps, tokenize
 from nsa.config import NSAConfig
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -177,8 +177,9 @@ def convert(source: str | os.PathLike[str], destination: str | os.PathLike[str],
 
     dense = _load_dense(origin, dtype)
     samples = _sample_ids(config, tokenizer)
-    # Transformers' own .float() refuses models that came from a GGUF file, whose weights are plain tensors by now.
-    expected = _logits(torch.nn.Module.float(dense), samples)
+    # nn.Module's, for Transformers' own .float() refuses models read from a GGUF file, though their weights are plain tensors by now.
+    torch.nn.Module.float(dense)
+    expected = _logits(dense, samples)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = NSAForCausalLM(config)
@@ -186,7 +187,7 @@ def convert(source: str | os.PathLike[str], destination: str | os.PathLike[str],
     del dense
     model.generation_config = generation
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    model = model.to(dtype)
+    torch.nn.Module.to(model, dtype)
 
     with _temporary_folder(destination) as folder:
         model.save_pretrained(folder)
@@ -425,10 +426,12 @@ def _temporary_folder(destination: Path) -> Iterator[Path]:
 
 
 def _publish(folder: Path, destination: Path) -> None:
-    """Give the finished folder its name, and the permissions a new folder has."""
+    """Give the finished folder its name, and it and its files the permissions that new ones have (safetensors writes 0600)."""
     mask = os.umask(0)
     os.umask(mask)
     folder.chmod(0o777 & ~mask)
+    for file in folder.iterdir():
+        file.chmod(0o666 & ~mask)
     if destination.is_dir():
         destination.rmdir()
     folder.rename(destination)

@@ -123,9 +123,8 @@ class Reward:
         try:
             values = list(result)
         except TypeError:
-            return [Outcome(fault="value", detail=f"TypeError: expected a list of {len(samples)} numbers, got {type(result).__name__}")] * len(
-                samples
-            )
+            detail = f"TypeError: expected a list of {len(samples)} numbers, got {type(result).__name__}"
+            return [Outcome(fault="value", detail=detail)] * len(samples)
         if len(values) != len(samples):
             return [Outcome(fault="value", detail=f"ValueError: returned {len(values)} values for {len(samples)} completions")] * len(samples)
         return [_outcome(value) for value in values]

@@ -14,6 +14,7 @@ from fractions import Fraction
 from typing import Any
 
 from rewards.tree import MAX_BITS, MAX_SPAN, Add, Call, Mul, Node, Number, Power, Symbol, TooLarge, Undefined
+from rewards.words import word_set
 
 _POINTS = 5
 _local = threading.local()
@@ -271,10 +272,12 @@ class Numeric:
         return mp.mpf(_hashed(key)) / 1_000_003 + 1
 
 
-_TRIGONOMETRIC = frozenset("sin cos tan cot sec csc".split())
-_SAFE_CALLS = {"sin": "sin", "cos": "cos", "tan": "tan", "cot": "cot", "sec": "sec", "csc": "csc", "arcsin": "asin", "arccos": "acos", "arctan": "atan",
-               "arccot": "acot", "arcsec": "asec", "arccsc": "acsc", "sinh": "sinh", "cosh": "cosh", "tanh": "tanh", "exp": "exp", "abs": "fabs",
-               "floor": "floor", "ceil": "ceil"}  # fmt: skip
+_TRIGONOMETRIC = word_set("sin cos tan cot sec csc")
+_SAFE_CALLS = {
+    "sin": "sin", "cos": "cos", "tan": "tan", "cot": "cot", "sec": "sec", "csc": "csc",
+    "arcsin": "asin", "arccos": "acos", "arctan": "atan", "arccot": "acot", "arcsec": "asec", "arccsc": "acsc",
+    "sinh": "sinh", "cosh": "cosh", "tanh": "tanh", "exp": "exp", "abs": "fabs", "floor": "floor", "ceil": "ceil",
+}  # fmt: skip
 
 
 def _has_degree(node: Node) -> bool:
@@ -328,18 +331,38 @@ def scalars_equal(left: Node, right: Node) -> bool:
 
 
 def _numerically_equal(left: Node, right: Node, point: dict[str, Fraction]) -> tuple[bool, bool]:
+    """(equal, a branch cut was met); precision grows with the orders of magnitude that the values span."""
     digits, margin = 60, 40
-    for _ in range(2):
+    while True:
         evaluator = Numeric(point, digits)
-        a, b = evaluator.value(left), evaluator.value(right)
-        mp = evaluator.context
-        size = max(abs(a), abs(b), evaluator.scale)
-        if abs(a - b) > size * mp.mpf(10) ** -(margin // 2):
+        difference, size = _difference(evaluator, left, right)
+        ten = evaluator.context.mpf(10)
+        if difference > size * ten ** -(margin // 2):
             return False, evaluator.branch
-        if evaluator.span <= 15:
-            return bool(abs(a - b) <= size * mp.mpf(10) ** -margin), evaluator.branch
+        if digits > 60 or evaluator.span <= 15:
+            return bool(difference <= size * ten**-margin), evaluator.branch
         digits, margin = 60 + 3 * int(evaluator.span), 40 + 2 * int(evaluator.span)
-    return bool(abs(a - b) <= size * mp.mpf(10) ** -margin), evaluator.branch
+
+
+def _difference(evaluator: Numeric, left: Node, right: Node) -> tuple[Any, Any]:
+    """|left − right| and the size that rounding errors are relative to."""
+    a, b = evaluator.value(left), evaluator.value(right)
+    return abs(a - b), max(abs(a), abs(b), evaluator.scale)
+
+
+def rough_value(node: Node) -> complex | None:
+    """The value at the first point to about nine digits; None where cancellation, size or a fault forbids to trust it.
+
+    Trees whose rough values differ are not equal."""
+    (point, *_) = _points(symbols(node))
+    try:
+        evaluator = Numeric(point, 30)
+        value = evaluator.value(node)
+    except (Undefined, TooLarge):
+        return None
+    if evaluator.span > 100 or abs(value) <= evaluator.scale * evaluator.context.mpf(10) ** -10:
+        return None
+    return complex(value)
 
 
 def sign(node: Node) -> int | None:

@@ -23,7 +23,8 @@ _PHRASE = re.compile(
 )
 _SENTENCE_END = re.compile(r"\.(?:\s+[A-Z\[]|\s*$)|\n|\s+I hope")
 _IS = re.compile(
-    r"(?:\b(?:is|are|be|equals?|it's|was)\s*:?|=)\s+(?!not\b|(?:the|our|my|a)\s+(?:final\s+|correct\s+)?(?:solution|answer|result|domain|range)\b)"
+    r"(?:\b(?:is|are|be|equals?|it's|was)\s*:?|=)\s+"
+    r"(?!not\b|(?:the|our|my|a)\s+(?:final\s+|correct\s+)?(?:solution|answer|result|domain|range)\b)"
 )
 _MATH = re.compile(r"\$\$(.{1,2000}?)\$\$|\$([^$]{1,2000})\$|\\\((.{1,2000}?)\\\)|\\\[(.{1,2000}?)\\\]", re.DOTALL)
 _JOIN = re.compile(r"(?:\s|[,;$.]|\\[,;: ]|\\q?quad|\\\(|\\\)|\\text\{|\}|\band\b|\bor\b|for part \([a-z]\)|\\\[|\\\])*", re.IGNORECASE)
@@ -87,8 +88,6 @@ def boxes(text: str) -> list[tuple[int, int, str]]:
         if closed > 0:
             found.append((match.start(), closed, text[match.end() : closed - 1]))
             end = closed
-        elif not re.search(r"\\boxed", text[match.end() :]):  # cut by its own `$\boxed{28 percent}`-like imbalance
-            break
     return found
 
 
@@ -143,25 +142,24 @@ def _last_phrase(text: str) -> int | None:
     last = None
     for match in _PHRASE.finditer(text, tail):
         follows = text[match.end() :].strip(" .*$\n")
-        explicit = re.search(r"is\s*$|[:=]\s*$|is\s*[:=]?\s*$", match.group().rstrip() + " ") or match.group().rstrip()[-2:] in ("is", "s:")
-        if follows and (explicit or match.group().rstrip().endswith((":", "=", "is")) or _direct(text, match)):
+        stated = match.group().rstrip().endswith((":", "=", "is"))
+        if follows and (stated or _direct(text, match)):
             last = match.end()
     return last
 
 
 def _direct(text: str, match: re.Match[str]) -> bool:
     """`Answer $ 9 $`: the phrase opens the text or line, and a formula follows."""
-    before = text[: match.start()].strip()
-    return (
-        not before
-        and text[match.end() : match.end() + 2].strip()[:1] in ("$", "\\", "(")
-        or (not before and text[match.end() : match.end() + 1].isdigit())
-    )
+    if text[: match.start()].strip():
+        return False
+    follows = text[match.end() :].lstrip()[:1]
+    return follows.isdigit() or follows in ("$", "\\", "(")
 
 
 def _after_phrase(text: str, start: int) -> str:
     sentence = _sentence(text[start : start + 2_000])
-    inner = prose_candidate(sentence) if " is " in sentence or " are " in sentence or "=" not in sentence and _MATH.search(sentence) else None
+    in_prose = re.search(r"\s(?:is|are)\s", sentence) or ("=" not in sentence and _MATH.search(sentence))
+    inner = prose_candidate(sentence) if in_prose else None
     return inner if inner is not None else sentence
 
 
@@ -186,8 +184,8 @@ def prose_candidate(text: str) -> str | None:
     sentence = text.rstrip(" .")
     for match in _IS.finditer(sentence):
         rest = sentence[match.end() :]
-        if rest.strip() and len(rest) <= 200 and (best is None or match.end() > best[0] or match.end() + rest.find("$") == best[0]):
-            best = (match.end(), _sentence(rest)) if best is None or match.end() > best[0] else best
+        if rest.strip() and len(rest) <= 200 and (best is None or match.end() > best[0]):
+            best = (match.end(), _sentence(rest))
     if best is None or not best[1].strip():
         return None
     return best[1].strip()

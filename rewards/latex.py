@@ -2,14 +2,10 @@
 
     answer   := item ((`,` | or | and) item)*            a bare list is unordered
     item     := setterm (relation setterm)*              ± makes two items of one
-    setterm  := sum ((∪ | ∩ | \\) sum)*
-    sum      := [sign] product ((+ | - | ±) product)*
-    product  := power ((* | / | ratio | nothing) power)*
-    power    := postfix [^ power]
-    item may end in a unit: `12 square centimeters`, `5 cm^2`, `3:30 p.m.`
+    setterm  := quantity ((∪ | ∩ | \\) quantity)*
+    quantity := sum [unit]                               `12 square centimeters`, `5 cm^2`, `3:30 p.m.`, `$5`
 
-Nesting is bounded by MAX_DEPTH. Raises SyntaxFault for whatever does not fit; nothing is computed here but the folding
-of plain fractions.
+The rules from sum downwards are in arithmetic.py. Raises SyntaxFault for whatever does not fit.
 """
 
 from __future__ import annotations
@@ -17,75 +13,22 @@ from __future__ import annotations
 from fractions import Fraction
 
 from rewards import words
-from rewards.tokens import SyntaxFault, Token
-from rewards.tree import (
-    EMPTY_SET,
-    MAX_DEPTH,
-    MINUS_ONE,
-    Add,
-    Based,
-    Call,
-    Collection,
-    Matrix,
-    Mul,
-    Node,
-    Number,
-    Power,
-    Quantity,
-    Ratio,
-    Relation,
-    SetOperation,
-    Symbol,
-    Text,
-    divide,
-    negate,
-)
+from rewards.arithmetic import END, Arithmetic
+from rewards.tokens import SyntaxFault
+from rewards.tree import EMPTY_SET, Call, Collection, Matrix, Mul, Node, Number, Quantity, Relation, SetOperation, Text, divide
 
 _CLOSING = {"(": ")", "[": "]", "{": "}", "{}": "{}", "⌊": "⌋", "⌈": "⌉"}
-_HALF = Number(Fraction(1, 2))
-_END = Token("end-of-text", "")
-_STARTS = frozenset({"num", "name", "const", "cmd", "func", "open", "begin"})
-_UNKNOWN_FUNCTIONS = frozenset("fg")
 _WORD_OPERATORS = {"union": "∪", "cup": "∪", "intersect": "∩"}
 
 
-class Parser:
+class Parser(Arithmetic):
     """One parse of one token list."""
-
-    def __init__(self, tokens: list[Token]) -> None:
-        self.tokens = tokens
-        self.index = 0
-        self.depth = 0
-        self.sign = 1
-        """+1 or −1: which branch of ± is being read."""
-        self.saw_sign = False
-        self.in_bars = 0
 
     def parse(self) -> Node:
         node = self._answer(frozenset())
         if self.index != len(self.tokens):
             raise SyntaxFault(f"unexpected {self._peek().text!r}")
         return node
-
-    def _peek(self, ahead: int = 0) -> Token:
-        index = self.index + ahead
-        return self.tokens[index] if index < len(self.tokens) else _END
-
-    def _at(self, kind: str, *texts: str) -> bool:
-        token = self._peek()
-        return token.kind == kind and (not texts or token.text in texts)
-
-    def _take(self) -> Token:
-        token = self._peek()
-        self.index += 1
-        return token
-
-    def _enter(self) -> None:
-        self.depth += 1
-        if self.depth > MAX_DEPTH:
-            raise SyntaxFault("nested too deeply")
-
-    # lists and items
 
     def _answer(self, closers: frozenset[str]) -> Node:
         items, joiners = self._items(closers)
@@ -105,7 +48,7 @@ class Parser:
             joiners.add(self._take().text)
             while self._at("sep"):  # ", and"
                 joiners.add(self._take().text)
-            if self._peek() is _END or (self._at("close") and self._peek().text in closers):
+            if self._peek() is END or (self._at("close") and self._peek().text in closers):
                 return items, joiners  # a trailing comma
 
     def _item(self) -> list[Node]:
@@ -137,8 +80,6 @@ class Parser:
             operator = token.text if token.kind == "set" else _WORD_OPERATORS[token.text.lower()]
             node = SetOperation(operator, node, self._quantity())
         return node
-
-    # units
 
     def _quantity(self) -> Node:
         money = self._at("money")
@@ -177,7 +118,7 @@ class Parser:
             token = self._take()
             word = token.text.lower()
             count += 1
-            if count > 8 or word in words.NOT_A_NOUN and word not in ("squared", "cubed"):
+            if count > 8 or (word in words.NOT_A_NOUN and word not in ("squared", "cubed")):
                 raise SyntaxFault(f"not a unit: {word}")
             if word in ("per", "/"):
                 direction = -1
@@ -205,280 +146,6 @@ class Parser:
         if number.text not in ("2", "3") or (braces and self._take().text != "}"):
             raise SyntaxFault("unit power")
         return int(number.text)
-
-    # arithmetic
-
-    def _sum(self) -> Node:
-        self._enter()
-        terms = [self._signed_product()]
-        while self._at("op", "+", "-", "±", "∓"):
-            terms.append(self._signed_product())
-        self.depth -= 1
-        return terms[0] if len(terms) == 1 else Add(tuple(terms))
-
-    def _signed_product(self) -> Node:
-        sign, count = 1, 0
-        while self._at("op", "+", "-", "±", "∓"):
-            operator = self._take().text
-            count += 1
-            if count > 3:
-                raise SyntaxFault("too many signs")
-            if operator in "±∓":
-                self.saw_sign = True
-                sign *= self.sign if operator == "±" else -self.sign
-            elif operator == "-":
-                sign = -sign
-        node = self._product()
-        return negate(node) if sign < 0 else node
-
-    def _product(self) -> Node:
-        node = self._power()
-        while True:
-            if self._at("op", "*", "/"):
-                operator = self._take().text
-                right = self._signed_power()
-                node = Mul((node, right)) if operator == "*" else divide(node, right)
-            elif self._at("op", ":"):
-                node = self._ratio(node)
-            elif self._at("name", "x") and self._peek().spaced and self._peek(1).kind == "num" and self._peek(1).spaced and isinstance(node, Number):
-                self._take()  # 3.2 x 10^5
-                node = Mul((node, self._power()))
-            elif self._at_bare_unit(node):
-                return node
-            elif self._peek().kind in _STARTS or (self._at("bar") and not self.in_bars):
-                node = self._juxtaposed(node)
-            else:
-                return node
-
-    def _at_bare_unit(self, node: Node) -> bool:
-        """`1,000.99m²`: a number, then m to the second or third power, and nothing more."""
-        if not (isinstance(node, Number) and self._at("name", "m") and self._peek(1).text == "^"):
-            return False
-        braces = self._peek(2).text == "{"
-        return self._peek(3 if braces else 2).text in ("2", "3") and self._peek(5 if braces else 3) is _END
-
-    def _signed_power(self) -> Node:
-        if self._at("op", "-", "+"):
-            return negate(self._power()) if self._take().text == "-" else self._power()
-        return self._power()
-
-    def _juxtaposed(self, left: Node) -> Node:
-        """Two things side by side: a mixed number or a product."""
-        token, previous = self._peek(), self.tokens[self.index - 1]
-        if previous.kind == "num" and isinstance(left, Number) and left.value.denominator == 1:
-            if token.kind == "cmd" and token.text == "frac":
-                part = self._power()
-                if isinstance(part, Number) and 0 < part.value < 1:
-                    return Number(left.value + part.value)
-                return Mul((left, part))
-            if token.kind == "num":
-                slash, bottom = self._peek(1), self._peek(2)
-                if token.spaced and slash.text == "/" and bottom.kind == "num" and token.value and bottom.value and token.value < bottom.value:
-                    self.index += 3
-                    return Number(left.value + token.value / bottom.value)
-        if token.kind == "num" and (previous.kind in ("num", "name", "const") or isinstance(left, Number)) and previous.text not in ")}":
-            raise SyntaxFault("two numbers side by side")
-        return Mul((left, self._power()))
-
-    def _ratio(self, first: Node) -> Node:
-        terms, written = [first], ""
-        while self._at("op", ":"):
-            self._take()
-            written = self._peek().text
-            terms.append(self._signed_power())
-            while self._peek().kind in ("name", "const") and not self._peek().spaced:
-                terms[-1] = Mul((terms[-1], self._power()))
-        if len(terms) > 6:
-            raise SyntaxFault("long ratio")
-        return Ratio(tuple(terms), written)
-
-    def _power(self) -> Node:
-        self._enter()
-        node = self._postfix()
-        if self._at("op", "^"):
-            self._take()
-            if self._at("op", "-", "+"):
-                sign = self._take().text
-                exponent = self._power()
-                exponent = negate(exponent) if sign == "-" else exponent
-            else:
-                exponent = self._script()
-                if self._at("op", "^"):
-                    raise SyntaxFault("double superscript")
-            node = Power(node, exponent)
-            while self._at("op", "!", "%", "°"):
-                node = self._suffix(node)
-        self.depth -= 1
-        return node
-
-    def _script(self) -> Node:
-        """The argument of ^ : a group, or one token and what binds to it (`x^10` in plain maths is x to the ten)."""
-        if self._at("open", "{"):
-            return self._group()
-        return self._power()
-
-    def _postfix(self) -> Node:
-        node = self._atom()
-        while self._at("op", "!", "%", "°", "'", "_"):
-            node = self._suffix(node)
-        return node
-
-    def _suffix(self, node: Node) -> Node:
-        mark = self._take().text
-        if mark == "!":
-            return Call("factorial", (node,))
-        if mark == "%":
-            return divide(node, Number(Fraction(100)))
-        if mark == "°":
-            return Mul((node, Symbol("°")))
-        if mark == "'":
-            return Call("prime", (node,))
-        written = self.tokens[self.index - 2].text
-        subscript = self._subscript()
-        if isinstance(node, Number):
-            if not subscript.isdigit() or len(subscript) > 2 or not 2 <= int(subscript) <= 36:
-                raise SyntaxFault("subscript of a number")
-            return Based(written.lstrip("0") or "0", int(subscript))
-        if isinstance(node, Symbol):
-            return Symbol(f"{node.name}_{subscript}")
-        raise SyntaxFault("subscript")
-
-    def _subscript(self) -> str:
-        if not self._at("open", "{"):
-            token = self._take()
-            if token.kind not in ("num", "name"):
-                raise SyntaxFault("subscript")
-            return token.text
-        self._take()
-        parts = []
-        while not self._at("close", "}"):
-            token = self._take()
-            if token is _END or len(parts) > 8:
-                raise SyntaxFault("subscript")
-            parts.append(token.text)
-        self._take()
-        return "".join(parts)
-
-    # atoms
-
-    def _atom(self) -> Node:
-        token = self._take()
-        if token.kind == "num" and token.value is not None:
-            return Number(token.value)
-        if token.kind == "name":
-            if token.text in _UNKNOWN_FUNCTIONS and self._at("open", "("):
-                group = self._bracket(self._take().text)
-                return Call(token.text, group.items if isinstance(group, Collection) else (group,))
-            return Symbol(token.text)
-        if token.kind == "const":
-            return EMPTY_SET if token.text == "∅" else Symbol(token.text)
-        if token.kind == "cmd":
-            return self._command(token.text)
-        if token.kind == "func":
-            return self._function(token.text)
-        if token.kind == "open":
-            return self._bracket(token.text)
-        if token.kind == "bar":
-            return self._absolute()
-        if token.kind == "begin":
-            return self._matrix(token.text)
-        raise SyntaxFault(f"unexpected {token.text!r}")
-
-    def _group(self) -> Node:
-        """{ sum }"""
-        self._take()
-        node = self._sum()
-        if not self._at("close", "}"):
-            raise SyntaxFault("unclosed group")
-        self._take()
-        return node
-
-    def _argument(self) -> Node:
-        """A LaTeX argument: a group, or one digit or letter (`\\frac12`)."""
-        if self._at("open", "{"):
-            return self._group()
-        if self._at("open", "("):
-            return self._atom()
-        token = self._peek()
-        if token.kind == "num" and len(token.text) > 1 and token.value is not None and token.text.isdigit():
-            rest = token.text[1:]
-            self.tokens[self.index : self.index + 1] = [
-                Token("num", token.text[0], Fraction(int(token.text[0])), token.spaced),
-                Token("num", rest, Fraction(int(rest))),
-            ]
-        return self._atom()
-
-    def _command(self, name: str) -> Node:
-        if name == "frac":
-            top = self._argument()
-            return divide(top, self._argument())
-        if name == "binom":
-            top = self._argument()
-            return Call("binom", (top, self._argument()))
-        if name == "cbrt":
-            return Power(self._root_body(), Number(Fraction(1, 3)))
-        index: Node | None = None
-        if self._at("open", "["):
-            self._take()
-            index = self._sum()
-            if not self._at("close", "]"):
-                raise SyntaxFault("root index")
-            self._take()
-        body = self._root_body()
-        return Power(
-            body, _HALF if index is None else Power(index, MINUS_ONE) if not isinstance(index, Number) else divide(Number(Fraction(1)), index)
-        )
-
-    def _root_body(self) -> Node:
-        if self._at("open", "{"):
-            return self._group()
-        if self._at("open", "("):
-            self._take()
-            return self._bracket("(")
-        return self._atom()
-
-    def _function(self, name: str) -> Node:
-        base: Node | None = None
-        exponent: Node | None = None
-        while self._at("op", "^", "_"):
-            if self._take().text == "^":
-                exponent = negate(self._power()) if self._at("op", "-") and self._take() else self._script()
-            else:
-                base = self._group() if self._at("open", "{") else self._atom()
-        if self._at("open", "(", "{", "["):
-            group = self._bracket(self._take().text)
-            arguments = group.items if isinstance(group, Collection) else (group,)
-        else:
-            arguments = (self._bare_argument(),)
-        if name == "log" and base is not None:
-            arguments = (*arguments, base)
-        elif base is not None:
-            raise SyntaxFault("subscript of a function")
-        if exponent == MINUS_ONE and name in ("sin", "cos", "tan"):
-            return Call("arc" + name, arguments)
-        node = Call(name, arguments)
-        return node if exponent is None else Power(node, exponent)
-
-    def _bare_argument(self) -> Node:
-        """`\\sin 2x` takes 2x; it stops at a sign, an operator or the next function."""
-        if self._at("op", "-"):
-            self._take()
-            return negate(self._bare_argument())
-        node = self._function_factor()
-        while self._peek().kind in ("num", "name", "const", "cmd") and self._peek().kind != "func":
-            node = Mul((node, self._power()))
-        if self._at("op", "/") and self._peek(1).kind == "num" and isinstance(node, Symbol | Number):
-            self._take()
-            node = divide(node, self._power())
-        return node
-
-    def _function_factor(self) -> Node:
-        if self._at("func"):
-            self._enter()
-            node = self._function(self._take().text)
-            self.depth -= 1
-            return node
-        return self._power()
 
     def _bracket(self, opener: str) -> Node:
         self._enter()
@@ -511,17 +178,6 @@ class Parser:
         if opener == "[" and len(items) == 1 and (self.depth > 1 or self.index < len(self.tokens)):
             return items[0]
         return Collection("{}" if opener == "{" else opener + closer, tuple(items))
-
-    def _absolute(self) -> Node:
-        self._enter()
-        self.in_bars += 1
-        node = self._sum()
-        self.in_bars -= 1
-        if not self._at("bar"):
-            raise SyntaxFault("unclosed |")
-        self._take()
-        self.depth -= 1
-        return Call("abs", (node,))
 
     def _matrix(self, environment: str) -> Node:
         rows: list[tuple[Node, ...]] = []

@@ -14,13 +14,11 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from fractions import Fraction
-from functools import lru_cache
 
 from rewards import extract
-from rewards.exact import children, exact, is_scalar, scalars_equal, symbols
-from rewards.latex import Parser
+from rewards.exact import children, exact, is_scalar, rough_value, scalars_equal, symbols
+from rewards.reading import normal_text, parse_span
 from rewards.realset import infinite, real_set, sets_equal
-from rewards.tokens import SyntaxFault, Tokenizer, translate
 from rewards.tree import (
     MAX_TEXT,
     Add,
@@ -41,11 +39,9 @@ from rewards.tree import (
     Undefined,
     negate,
 )
-from rewards.words import NUMBER_WORDS
 
 _PLAIN_NUMBER = re.compile(r"[+-]?\d{1,300}(?:\.\d{1,300})?")
 _MAX_ITEMS = 200
-_CHOICE = re.compile(r"(?:(?:option|choice|answer)\s*:?\s*)?\(?\s*\\?(?:text|textbf|mathrm)?\{?\(?([A-Z])\)?\}?\s*\)?[.:]?", re.IGNORECASE)
 
 
 def equivalent(gold: str, prediction: str) -> bool:
@@ -64,139 +60,51 @@ def equivalent(gold: str, prediction: str) -> bool:
 def parse(text: str) -> Expression | None:
     """The answer in `text` as a tree, None where there is none or it is not understood."""
     span = extract.answer_span(text)
-    return None if span is None or len(span) > MAX_TEXT else _parse_span(span)
+    return None if span is None or len(span) > MAX_TEXT else parse_span(span)
 
 
 def cluster(answers: Sequence[str | None]) -> list[int]:
     """Class numbers by equivalence, in order of first appearance; −1 for None and blank (they never vote).
 
-    Rational values are matched by value; the rest is compared with one representative of each class. A quantity with a
-    unit joins the class of its value, where the units do not contradict.
+    Each answer is compared with one representative per class; numbers are told apart by a rounded value first. A quantity
+    with a unit joins the class of its value, where the units do not contradict; 50% is 1/2, not 50.
     """
     classes: list[int] = []
     by_text: dict[str, int] = {}
-    by_value: dict[tuple[Fraction, str], int] = {}
-    representatives: list[str] = []
+    representatives: list[tuple[str, complex | None]] = []
     for answer in answers:
         span = None if answer is None else extract.answer_span(answer)
         if span is None or len(span) > MAX_TEXT:
             classes.append(-1)
             continue
-        text = _normal_text(span)
+        text = normal_text(span) if span[:1].isdigit() else span  # A and a are two answers
         number = by_text.get(text)
         if number is None:
-            key = _value_key(span)
-            number = by_value.get(key) if key is not None else None
-            if number is None:
-                number = next((index for index, other in enumerate(representatives) if _comparable(key, other) and _spans_equal(other, span)), None)
+            value = _rough_value(span)
+            near = (index for index, (other, rough) in enumerate(representatives) if _near(value, rough) and _spans_equal(other, span))
+            number = next(near, None)
             if number is None:
                 number = len(representatives)
-                representatives.append(span)
+                representatives.append((span, value))
             by_text[text] = number
-            if key is not None:
-                by_value.setdefault(key, number)
         classes.append(number)
     return classes
 
 
-def _comparable(key: tuple[Fraction, str] | None, other: str) -> bool:
-    """Two different unit-free rationals need no comparison."""
-    other_key = _value_key(other)
-    return key is None or other_key is None or key[0] == other_key[0]
-
-
-def _value_key(span: str) -> tuple[Fraction, str] | None:
-    node = _parse_span(span)
-    unit = ""
+def _rough_value(span: str) -> complex | None:
+    node = parse_span(span)
     while isinstance(node, Quantity | Relation):
         if isinstance(node, Quantity):
-            unit, node = node.unit, node.value
+            node = node.value
         elif node.operators == ("=",) and _is_label(node.terms[0]):
             node = node.terms[1]
         else:
             return None
-    if node is None or not is_scalar(node):
-        return None
-    try:
-        value = exact(node)
-    except (Undefined, TooLarge):
-        return None
-    return None if value is None else (value, unit)
+    return rough_value(node) if node is not None and is_scalar(node) else None
 
 
-# text → tree
-
-_CLEAN = [
-    (re.compile(r"\^\s*\{?\s*(?:\\circ|\\degree|°)\s*\}?"), "°"),
-    (re.compile(r"°\s*[CF]\b"), "°"),
-    (re.compile(r"\\(?:left|right)\s*\."), " "),
-    (re.compile(r"\{:\}|\\colon"), ":"),
-    (re.compile(r"\\n(?![A-Za-z])"), " "),
-    (re.compile(r"(?<=[\d}])\s*\\?\$\s*$|^\s*\\?\$\s*(?=[\d.])(?=[^$]*$)"), " ¤ "),
-    (re.compile(r"\\begin\{(?:align|equation|aligned|gather)\*?\}|\\end\{(?:align|equation|aligned|gather)\*?\}|\\\[|\\\]|\\\(|\\\)"), " "),
-    (re.compile(r"(?<=\d)(?:st|nd|rd|th)\b"), r"\\text{th}"),
-    (re.compile(r"\\q?quad(?=[A-Za-z])"), " "),
-    (re.compile(r"\*\*(?=\S[^*]*\*\*)|(?<=\S)\*\*\s*$"), ""),
-]
-
-
-def _clean(span: str) -> str:
-    text = translate(span.strip())
-    text = text.replace("\\$", "¤").replace("\\%", "%").replace("\\#", "")
-    if text.count("$") % 2 == 0 and "$" in text:
-        text = text.replace("$", " ")
-    for pattern, replacement in _CLEAN:
-        text = pattern.sub(replacement, text)
-    return text.strip().rstrip(".,;:").rstrip()
-
-
-@lru_cache(maxsize=4096)
-def _parse_span(span: str, thousands: bool = True) -> Node | None:
-    """The whole span as an answer; failing that, the answer in its prose; failing that, short text."""
-    node = _parse_maths(span, thousands)
-    if node is not None and not _is_wordy(node):
-        return node
-    candidate = extract.prose_candidate(span)
-    if candidate is not None and candidate != span:
-        inner = _parse_maths(candidate, thousands)
-        if inner is not None and not _is_wordy(inner):
-            return inner
-    if node is None or _is_wordy(node):
-        sole = extract.sole_number(span)
-        if sole is not None:
-            return _parse_maths(sole, thousands)
-        node = _as_text(span)
-    if isinstance(node, Text) and node.words in NUMBER_WORDS:
-        return Number(NUMBER_WORDS[node.words])
-    return node
-
-
-def _is_wordy(node: Node) -> bool:
-    return isinstance(node, Text) and len(node.words.split()) > 3
-
-
-def _parse_maths(span: str, thousands: bool) -> Node | None:
-    choice = _CHOICE.fullmatch(span.strip())
-    if choice and (choice.group(1).isupper() or span.strip()[1:2]) and not choice.group(1).islower():
-        return Symbol(choice.group(1).upper())
-    try:
-        tokens = Tokenizer(_clean(span), thousands=thousands).tokens()
-        return Parser(tokens).parse() if tokens else None
-    except SyntaxFault:
-        return None
-
-
-def _as_text(span: str) -> Text | None:
-    words = _normal_text(span)
-    if not re.search(r"[a-z]", words) or "\\" in words or len(words) > 200:
-        return None
-    return Text(words)
-
-
-def _normal_text(span: str) -> str:
-    text = re.sub(r"\\(?:text|textbf|mathrm|mbox|textit|mathbf|operatorname)\s*\{([^{}]*)\}", r"\1", span.replace("$", ""))
-    text = re.sub(r"\\(?:left|right|[,;!: ])", " ", text)
-    return " ".join(text.split()).strip(" .,;:!\"'*").lower()
+def _near(left: complex | None, right: complex | None) -> bool:
+    return left is None or right is None or abs(left - right) <= 1e-9 * max(abs(left), abs(right))
 
 
 # comparison
@@ -204,8 +112,8 @@ def _normal_text(span: str) -> str:
 
 def _spans_equal(left: str, right: str) -> bool:
     if left == right:
-        return bool(re.search(r"\w", left) or _parse_span(left) is not None)
-    a, b = _parse_span(left), _parse_span(right)
+        return bool(re.search(r"\w", left) or parse_span(left) is not None)
+    a, b = parse_span(left), parse_span(right)
     if a is None or b is None:
         return _same_source(left, right)
     if _equal(a, b) or _same_source(left, right):
@@ -222,7 +130,7 @@ def _same_source(left: str, right: str) -> bool:
 def _ambiguous(left: str, right: str, a: Node, b: Node) -> bool:
     """`100,200` may be a list where the other side is one; `1000,99` may be a decimal comma."""
     if isinstance(b, Collection) and isinstance(a, Number | Quantity) and "," in left:
-        other = _parse_span(left, thousands=False)
+        other = parse_span(left, thousands=False)
         return other is not None and isinstance(other, Collection) and _equal(other, b)
     if isinstance(a, Collection) and is_scalar(b) and re.fullmatch(r"-?(?:\d{4,},\d{1,2}|0,\d{3,})", left.strip()):
         return scalars_equal(Number(Fraction(left.strip().replace(",", "."))), b)
@@ -290,7 +198,7 @@ def _is_label(node: Node) -> bool:
     if isinstance(node, Symbol):
         return node.name not in "∞πei°"
     if isinstance(node, Mul | Call):
-        return all(_is_label(child) or isinstance(child, Number) and isinstance(node, Call) for child in children(node))
+        return all(_is_label(child) or (isinstance(child, Number) and isinstance(node, Call)) for child in children(node))
     if isinstance(node, Collection):
         return node.brackets in ("()", "") and all(_is_label(item) for item in node.items)
     if isinstance(node, Ratio):
@@ -369,6 +277,8 @@ def _sets_equal(left: Node, right: Node) -> bool:
         a, b = _union_parts(left), _union_parts(right)
         if len(a) == len(b) and _same_items(a, b):
             return True
+    if not all(isinstance(node, Collection | SetOperation | Relation) or node == Symbol("ℝ") for node in (left, right)):
+        return False
     a, b = real_set(left), real_set(right)
     if a is None or b is None:
         return False

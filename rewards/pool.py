@@ -11,6 +11,7 @@ pipes. Workers die with the dispatcher thread (PDEATHSIG) and at end of file. Li
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -33,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 _BOOT = "import sys; sys.path.insert(0, sys.argv[1]); from rewards.worker import main; main(int(sys.argv[2]))"
 _CHUNK = 16
-"""Samples in one job of a per-sample function."""
+"""Most samples in one job of a per-sample function; a small group is spread over all workers."""
 _MAX_STARTS_FAILED = 3
 _MAX_SAVED = 1_000
 _READ = 1 << 16
@@ -194,10 +195,8 @@ class WorkerPool:
         return [worker.process.pid for worker in list(self._workers)]
 
     def _wake(self) -> None:
-        try:
+        with contextlib.suppress(BlockingIOError):  # full: it is awake
             os.write(self._wake_write, b"x")
-        except BlockingIOError:
-            pass  # it is awake
 
     # dispatcher thread
 
@@ -247,7 +246,7 @@ class WorkerPool:
             call.future.set_running_or_notify_cancel()
             call.future.add_done_callback(lambda _, call=call: pending.discard(call))
             for function, style in enumerate(self.styles):
-                step = len(call.samples) if style == "trl" else _CHUNK
+                step = len(call.samples) if style == "trl" else min(_CHUNK, -(-len(call.samples) // self._size))
                 indices = list(range(len(call.samples)))
                 self._jobs.extend(_Job(call, function, indices[first : first + step]) for first in range(0, len(indices), step))
 

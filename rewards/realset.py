@@ -72,9 +72,11 @@ def compare(left: Node, right: Node) -> int:
 
 
 def _merge(pieces: list[Piece]) -> tuple[Piece, ...]:
-    kept = [
-        piece for piece in pieces if compare(piece.low, piece.high) < 0 or (piece.low_in and piece.high_in and compare(piece.low, piece.high) == 0)
-    ]
+    kept = []
+    for piece in pieces:
+        order = compare(piece.low, piece.high)
+        if order < 0 or (order == 0 and piece.low_in and piece.high_in):
+            kept.append(piece)
     kept.sort(key=cmp_to_key(lambda a, b: compare(a.low, b.low) or (b.low_in - a.low_in)))
     merged: list[Piece] = []
     for piece in kept:

@@ -48,8 +48,8 @@ _GREEK = {"π": "pi", "α": "alpha", "β": "beta", "γ": "gamma", "δ": "delta",
           "ρ": "rho", "σ": "sigma", "τ": "tau", "φ": "phi", "ϕ": "phi", "χ": "chi", "ψ": "psi", "ω": "omega", "Δ": "Delta", "Ω": "Omega",
           "Σ": "Sigma", "Γ": "Gamma", "Φ": "Phi"}  # fmt: skip
 GREEK = frozenset(_GREEK.values()) | {"varphi", "varepsilon", "vartheta", "eta", "zeta", "kappa", "xi", "ell", "iota", "Theta", "Lambda", "Pi", "Psi"}
-FUNCTIONS = frozenset(
-    "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh ln log exp gcd lcm max min deg arccot arcsec arccsc floor ceil abs".split()
+FUNCTIONS = words.word_set(
+    "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh ln log exp gcd lcm max min deg arccot arcsec arccsc floor ceil abs"
 )
 _RELATIONS = {"le": "≤", "leq": "≤", "leqslant": "≤", "ge": "≥", "geq": "≥", "geqslant": "≥", "lt": "<", "gt": ">", "ne": "≠", "neq": "≠", "in": "∈",
               "equiv": "≡", "eq": "="}  # fmt: skip
@@ -57,12 +57,12 @@ _SETS = {"cup": "∪", "cap": "∩", "setminus": "\\", "backslash": "\\"}
 _OPERATORS = {"cdot": "*", "times": "*", "ast": "*", "div": "/", "pm": "±", "mp": "∓", "colon": ":", "ratio": ":"}
 _OPENERS = {"{": "{}", "lbrace": "{}", "langle": "(", "lvert": "|", "lbrack": "[", "lfloor": "⌊", "lceil": "⌈"}
 _CLOSERS = {"}": "{}", "rbrace": "{}", "rangle": ")", "rvert": "|", "rbrack": "]", "rfloor": "⌋", "rceil": "⌉"}
-_IGNORED = frozenset(
+_IGNORED = words.word_set(
     "left right big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr displaystyle textstyle limits quad qquad hspace nobreak enspace thinspace "
-    "mathrm mathbf mathit mathsf boldsymbol bold operatorname mathop mathord rm bf it hline phantom bigg( ensuremath".split()
+    "mathrm mathbf mathit mathsf boldsymbol bold operatorname mathop mathord rm bf it hline phantom bigg( ensuremath"
 )
-_TEXT_COMMANDS = frozenset("text textbf textit textrm textnormal mbox hbox mathrm mathbf mathsf mathit operatorname textsf emph".split())
-_WRAPPERS = frozenset("overline vec hat widehat tilde bar underline boldsymbol overrightarrow boxed".split())
+_TEXT_COMMANDS = words.word_set("text textbf textit textrm textnormal mbox hbox mathrm mathbf mathsf mathit operatorname textsf emph")
+_WRAPPERS = words.word_set("overline vec hat widehat tilde bar underline boldsymbol overrightarrow boxed")
 
 _GROUPED = re.compile(r"\d{1,3}(?P<sep>\{,\}|,\\!|\\,|\\;|\\ |\\!|,| )\d{3}(?:(?P=sep)\d{3})*(?![,\d]\d|\d)(?:\.\d+)?")
 _GROUPED_SAFE = re.compile(r"\d{1,3}(?P<sep>\{,\}|,\\!|\\,|\\!)\d{3}(?:(?P=sep)\d{3})*(?!\d)(?:\.\d+)?")
@@ -223,9 +223,7 @@ class Tokenizer:
             self._emit("op", char, in_text=in_text)
         elif char == "¤":
             self._emit("money", "¤")
-        elif char == "$":
-            self.spaced = True
-        elif char == '"' or (char == "." and in_text):
+        elif char in '$"' or (char == "." and in_text):
             self.spaced = True
         else:
             raise SyntaxFault(f"character {char!r}")

@@ -4,6 +4,12 @@ from __future__ import annotations
 
 from fractions import Fraction
 
+
+def word_set(text: str) -> frozenset[str]:
+    """The words of `text`."""
+    return frozenset(text.split())
+
+
 _UNIT_SPELLINGS = {
     "m": "meter meters metre metres m",
     "cm": "centimeter centimeters centimetre centimetres cm cms",
@@ -59,22 +65,23 @@ SCALES: dict[str, Fraction] = {
 
 PERCENT = frozenset({"percent", "percents", "percentage", "pct"})
 
-NOT_A_NOUN = frozenset(
+NOT_A_NOUN = word_set(
     "not or and to is are was minus plus times over than nor either neither but if unless isn't approximately about around nearly "
     "almost roughly half halves third thirds quarter quarters squared cubed factorial remainder mod modulo base zero one two three four five "
     "six seven eight nine ten none nothing no never maybe perhaps wrong incorrect between except without more less fewer greater equals equal "
-    "through until from negative positive false true sqrt root pi infinity".split()
+    "through until from negative positive false true sqrt root pi infinity"
 )
 """Words after a number that change what it says; with one of them the answer is not `number + unit`."""
 
-SHORT_WORDS = frozenset(
+SHORT_WORDS = word_set(
     "yes no odd the not one two six ten men day cow cat dog red any all his her its are was has had can may see sum set few old new "
     "boy bus car pen egg box bag hat cup pie jar toy bed job mile am pm is it of to in on at as by an or and for per if so be he we us do go "
-    "null nan inf zoo oo jan feb mar apr jun jul aug sep oct nov dec mon tue wed thu fri sat sun tie win man ant bee fox hen pig elk ape".split()
+    "null nan inf zoo oo jan feb mar apr jun jul aug sep oct nov dec mon tue wed thu fri sat sun tie win man ant bee fox hen pig elk ape"
 )
 """Runs of two or three letters that are words; other short runs are products of variables (`xy`, `abc`)."""
 
-NUMBER_WORDS = {word: Fraction(number) for number, word in enumerate("zero one two three four five six seven eight nine ten eleven twelve".split())}
+_NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve"
+NUMBER_WORDS = {word: Fraction(number) for number, word in enumerate(_NUMBERS.split())}
 
 CONNECTIVES = {"and": "and", "or": "or"}
 

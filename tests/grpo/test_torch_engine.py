@@ -28,7 +28,7 @@ def _tokenizer() -> PreTrainedTokenizerFast:
     """Tokens of one to three characters, so that strings can be made in several ways and span tokens."""
     pieces = ["<pad>", "<eos>", "<end>", *"abcdefghijklmnopqrstuvwxyz<>/.,é ", "ab", "b>", "</", "</a", "a>", "ans", "wer", "er>", "</ans", "wer>"]
     pieces += [f"{first}{second}" for first in "stuvwxyz" for second in "abcdefgh"]
-    tokenizer = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate(pieces[:VOCABULARY])}, unk_token="<pad>"))  # noqa: S106
+    tokenizer = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate(pieces[:VOCABULARY])}, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>", additional_special_tokens=["<end>"])
@@ -66,26 +66,20 @@ def _by_prompt(groups: Sequence[Group]) -> dict[str, tuple[Completion, ...]]:
     return {group.prompt.prompt_id: group.completions for group in groups}
 
 
-def _logits(model: NSAForCausalLM, token_ids: Sequence[int]) -> torch.Tensor:
-    """The next token's logits, everything computed anew."""
-    with torch.no_grad():
-        ids = torch.tensor(token_ids)
-        hidden = model.model.forward_packed(ids, torch.arange(len(ids)), torch.tensor([0, len(ids)])).hidden_TE
-        return (hidden[-1:] @ model.lm_head.weight.T).float()
-
-
-def _naive(model: NSAForCausalLM, prompt: Prompt, sampling: Sampling, index: int, limit: int) -> list[int]:
-    """Decode one sample by full recomputation; returns its first `limit` tokens, without stop strings."""
-    drawn: list[int] = []
-    key = torch.tensor([fold(sampling.seed, prompt.prompt_id, index)])
-    while len(drawn) < limit:
-        uniform = hashed_uniforms(key, torch.tensor([len(drawn)]))
-        truncation = (torch.tensor([sampling.top_p]), torch.tensor([sampling.top_k]))
-        token, _ = sample_tokens(_logits(model, [*prompt.token_ids, *drawn]), uniform, torch.tensor([sampling.temperature]), *truncation)
-        drawn.append(int(token))
-        if drawn[-1] in EOS:
-            break
-    return drawn
+def _assert_drawn(model: NSAForCausalLM, group: Group, sampling: Sampling) -> None:
+    """Every token is the one that full recomputation of what stands before it draws; by induction the whole completion is."""
+    prompt = group.prompt.token_ids
+    for index, completion in enumerate(group.completions):
+        ids, length = torch.tensor([*prompt, *completion.token_ids]), len(completion.token_ids)
+        with torch.no_grad():
+            hidden = model.model.forward_packed(ids, torch.arange(len(ids)), torch.tensor([0, len(ids)])).hidden_TE
+            logits = (hidden[len(prompt) - 1 : -1] @ model.lm_head.weight.T).float()
+        key = torch.tensor(fold(sampling.seed, group.prompt.prompt_id, index)).expand(length)
+        settings = [torch.tensor(value).expand(length) for value in (sampling.temperature * 1.0, sampling.top_p, sampling.top_k)]
+        expected, logprobs = sample_tokens(logits, hashed_uniforms(key, torch.arange(length)), *settings)
+        assert list(completion.token_ids) == expected.tolist()
+        torch.testing.assert_close(torch.tensor(completion.logprobs), logprobs, atol=1e-4, rtol=0)
+        assert length == sampling.max_tokens or completion.token_ids[-1] in EOS
 
 
 def _equal_tokens(left: Sequence[Group], right: Sequence[Group]) -> None:
@@ -100,30 +94,19 @@ def _equal_tokens(left: Sequence[Group], right: Sequence[Group]) -> None:
 
 
 @pytest.mark.parametrize("changes", [{}, {"kv": "shared", "compressor": "mean"}, {"gate": "blend", "qk_norm": True, "tie_word_embeddings": False}])
-def test_greedy_tokens_equal_naive_recomputation(changes: dict[str, Any]):
-    model = _model(**changes)
-    prompts = _prompts(1, 5, 33, 70, 64)
-    sampling = Sampling(temperature=0, max_tokens=24)
-    for prompt in prompts:
-        expected = _naive(model, prompt, sampling, 0, 24)
-        completion = next(_engine(model).generate([prompt], sampling)).completions[0]
-        assert list(completion.token_ids) == expected
-    groups = list(_engine(model).generate(prompts, sampling))
-    assert {name: list(c[0].token_ids) for name, c in _by_prompt(groups).items()} == {
-        prompt.prompt_id: _naive(model, prompt, sampling, 0, 24) for prompt in prompts
-    }
-
-
-@pytest.mark.parametrize("settings", [{}, {"temperature": 0.7}, {"temperature": 1.3, "top_p": 0.8, "top_k": 20}])
-def test_forked_samples_equal_naive_recomputation(settings: dict[str, Any]):
-    model = _model()
-    prompts = _prompts(1, 63, 70)
-    sampling = Sampling(**settings, max_tokens=12, seed=5, group_size=3)
-    completions = _by_prompt(list(_engine(model).generate(prompts, sampling)))
-    for prompt in prompts:
-        for index in range(3):
-            assert list(completions[prompt.prompt_id][index].token_ids) == _naive(model, prompt, sampling, index, 12)
-    assert len({completion.token_ids for completion in completions["p1"]}) == 3
+@pytest.mark.parametrize(
+    "settings",
+    [{"temperature": 0}, {"group_size": 4}, {"group_size": 2, "temperature": 0.7}, {"group_size": 3, "temperature": 1.3, "top_p": 0.8, "top_k": 20}],
+)
+def test_tokens_and_logprobs_equal_naive_recomputation(changes: dict[str, Any], settings: dict[str, Any]):
+    model, sampling = _model(**changes), Sampling(**settings, max_tokens=24, seed=5)
+    groups = list(_engine(model).generate(_prompts(1, 5, 33, 70, 64), sampling))
+    assert len(groups) == 5
+    for group in groups:
+        assert len(group.completions) == sampling.group_size
+        _assert_drawn(model, group, sampling)
+    if sampling.group_size > 1:
+        assert len({completion.token_ids for completion in _by_prompt(groups)["p3"]}) > 1
 
 
 def test_logprobs_equal_score_and_versions_are_stamped():
@@ -152,10 +135,10 @@ def test_score_handles_short_sequences_and_splits_by_budget(monkeypatch: pytest.
 
 def test_results_do_not_depend_on_batch_size_order_company_or_interval(monkeypatch: pytest.MonkeyPatch):
     model = _model()
-    prompts = _prompts(3, 64, 20, 90, 41, 7, 65)
-    sampling = Sampling(max_tokens=30, group_size=3, seed=11, stop=("a>", "ab", "é"))
+    prompts = _prompts(3, 64, 20, 90, 65)
+    sampling = Sampling(max_tokens=20, group_size=3, seed=11, stop=("a>", "ab", "é"))
     expected = list(_engine(model, max_sequences=64).generate(prompts, sampling))
-    for max_sequences in (1, 2, 5):
+    for max_sequences in (2, 5):
         _equal_tokens(list(_engine(model, max_sequences=max_sequences).generate(prompts, sampling)), expected)
     _equal_tokens(list(_engine(model).generate(prompts[::-1], sampling)), expected)
     one = list(_engine(model).generate(prompts[3:4], sampling))
@@ -163,7 +146,7 @@ def test_results_do_not_depend_on_batch_size_order_company_or_interval(monkeypat
     _equal_tokens(list(_engine(model, max_cache_tokens=64 * 5).generate(prompts, sampling)), expected)
     monkeypatch.setattr("grpo.rollout.generation.PACKED_TOKENS", 50)
     _equal_tokens(list(_engine(model).generate(prompts, sampling)), expected)
-    for steps in (1, 7, 100):
+    for steps in (1, 100):
         engine = _engine(model, max_sequences=6)
         engine._steps_per_look = steps
         _equal_tokens(list(engine.generate(prompts, sampling)), expected)
@@ -269,7 +252,7 @@ def _assert_all_pages_free(engine: TorchEngine) -> None:
 
 
 def test_pages_come_back_after_the_end_after_an_abandoned_request_and_after_an_exception(monkeypatch: pytest.MonkeyPatch):
-    prompts, sampling = _prompts(10, 70, 64, 3, 90), Sampling(max_tokens=40, group_size=4)
+    prompts, sampling = _prompts(10, 70, 64, 3), Sampling(max_tokens=16, group_size=3)
     engine = _engine(max_sequences=6)
     expected = list(engine.generate(prompts, sampling))
     _assert_all_pages_free(engine)
@@ -337,7 +320,7 @@ def test_recorded_selection_equals_that_of_a_packed_pass():
             assert not completion.selection.is_inference()
             count += int((completion.selection[:-1].amax(-1) * 8 >= 64).sum())
     assert count > 0, "no selection beyond the prompt's first page was compared"
-    plain = list(engine.generate(prompts[:1], replace(sampling, record_selection=False)))[0]
+    plain = next(engine.generate(prompts[:1], replace(sampling, record_selection=False)))
     assert plain.prompt_selection is None
     assert plain.completions[0].selection is None
 
@@ -398,10 +381,10 @@ def test_impossible_requests_are_refused_before_anything_starts():
 
 
 def test_a_full_cache_serves_every_request_one_after_the_other():
-    model, sampling = _model(), Sampling(max_tokens=60, group_size=4)
-    prompts = _prompts(70, 3, 64, 65)
+    model, sampling = _model(), Sampling(max_tokens=60, group_size=3)
+    prompts = _prompts(70, 3, 64)
     expected = list(_engine(model, max_sequences=64).generate(prompts, sampling))
-    _equal_tokens(list(_engine(model, max_cache_tokens=4 * 64, max_sequences=64).generate(prompts, sampling)), expected)
+    _equal_tokens(list(_engine(model, max_cache_tokens=5 * 64, max_sequences=64).generate(prompts, sampling)), expected)
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -267,10 +267,19 @@ def test_long_sequences_are_computed_in_chunks_with_the_same_result(monkeypatch)
     assert (chunked - whole).abs().max() <= 1e-5
 
 
+def test_an_empty_batch_gives_an_empty_output():
+    inputs = make_inputs(SMALL, lengths=[0])
+    out, selection = run(inputs, return_selection=True)
+    assert out.shape == (0, 4, 8)
+    assert selection.shape == (0, 2, 4)
+
+
 def test_wrong_calls_are_named():
     inputs = make_inputs(SMALL, lengths=[9])
     with pytest.raises(ValueError, match="backend"):
         run(inputs, "cuda")
+    with pytest.raises(ValueError, match="selection"):
+        run(inputs, selection=torch.zeros(9, 2, 3, dtype=torch.int16))
     with pytest.raises(ValueError, match="phi"):
         run(replace(inputs, phi=None))
     with pytest.raises(ValueError, match="gates"):

@@ -7,7 +7,17 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 import nsa
 from nsa.cache import NSACache
@@ -372,6 +382,23 @@ def test_a_saved_model_loads_in_bf16_with_fp32_rope(tmp_path):
     assert torch.equal(loaded.model.rotary(torch.arange(300))[0], model.model.rotary(torch.arange(300))[0])
 
 
+@pytest.mark.parametrize("changes", [{}, {"gate": "blend", "qk_norm": True, "attention_bias": True}])
+def test_a_bf16_copy_computes_what_the_fp32_master_computes_under_autocast(changes):
+    master = make_model(**changes).bfloat16().float()
+    copy = make_model(**changes).bfloat16()
+    for model in (master, copy):
+        assert torch.equal(model.model.rotary.inv_freq, make_model().model.rotary.inv_freq)
+    sequence = tokens(100)
+    batch = (sequence, torch.arange(100), torch.tensor([0, 100]))
+    with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16):
+            expected = master.model.forward_packed(*batch, return_selection=True)
+        found = copy.model.forward_packed(*batch, return_selection=True)
+    assert found.hidden_TE.dtype == torch.float32
+    assert torch.equal(found.hidden_TE, expected.hidden_TE)
+    assert torch.equal(found.selection, expected.selection)
+
+
 def test_the_config_survives_a_round_trip(tmp_path):
     config = tiny_config(gate="fixed", fixed_gates=[0.0, 1.0, 0.5], value_head_dim=12, rope_parameters=YARN | {"rope_theta": 5e5})
     config.save_pretrained(tmp_path)
@@ -431,6 +458,23 @@ def test_greedy_generate_is_the_argmax_loop(changes):
     assert torch.equal(uncached[0], expected)
 
 
+def test_generate_in_training_mode_is_the_same():
+    model = make_model()
+    expected = argmax_loop(model, tokens(30), 8)
+    model.train()
+    assert torch.equal(model.generate(tokens(30)[None], max_new_tokens=8, do_sample=False, pad_token_id=0)[0], expected)
+
+
+def test_a_cached_forward_gives_the_gradients_of_an_uncached_one():
+    found = []
+    for use_cache in (True, False):
+        model = make_model()
+        model(tokens(70)[None], use_cache=use_cache).logits.square().mean().backward()
+        found.append({name: p.grad for name, p in model.named_parameters()})
+    for name, gradient in found[1].items():
+        assert_close(found[0][name], gradient)
+
+
 def test_left_padded_generate_is_each_prompt_alone():
     model = make_model()
     prompts = [tokens(length, length) for length in (70, 9, 33, 1)]
@@ -486,6 +530,8 @@ def test_wrong_calls_are_named():
     model = make_model()
     with pytest.raises(ValueError, match="attention_mask"):
         model(tokens(8)[None], attention_mask=torch.ones(1, 1, 8, 8))
+    with pytest.raises(ValueError, match="past_key_values"):
+        model(tokens(8)[None], past_key_values=DynamicCache())
     with pytest.raises(ValueError, match="exactly one"):
         model()
     with pytest.raises(ValueError, match="cu_seqlens"):
