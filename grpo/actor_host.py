@@ -105,9 +105,9 @@ class Host:
         summary = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         return Reply(failure=Failure(summary=" ".join(summary.split()), trace=traceback.format_exc().rstrip()), records=self._records.take())
 
-    def _stream(self, values: Iterable[Any]) -> Iterator[Reply]:
+    def _stream(self, start: Callable[[], Iterable[Any]]) -> Iterator[Reply]:
         try:
-            for value in values:
+            for value in start():
                 yield Reply(value=value, records=self._records.take())
         except Exception as error:  # noqa: BLE001 (as above)
             yield self._failure(error)

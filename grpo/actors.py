@@ -58,7 +58,7 @@ class RolloutActor(Host):
         return RolloutPart(config)
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Reply]:
-        yield from self._stream(self._part.generate(prompts, sampling))
+        yield from self._stream(lambda: self._part.generate(prompts, sampling))
 
     def load_from(self, version: int, learner: Any) -> Reply:
         """Pull the weights from the learner actor, a few pieces at a time."""
@@ -100,7 +100,7 @@ class LearnerActor(Host):
     def stream_weights(self) -> Iterator[Reply]:
         from grpo.weight_sync import pack
 
-        yield from self._stream(pack(self._part.weights()))
+        yield from self._stream(lambda: pack(self._part.weights()))
 
 
 class ActorHandle:
@@ -164,6 +164,8 @@ class ActorHandle:
         return f"where the {self.owner} actor stands:\n{self.stack_file.read_text(errors='replace').rstrip()}"
 
     def _died(self, error: ray.exceptions.RayError) -> ActorFailed:
+        if isinstance(error, ray.exceptions.RayTaskError):  # a fault outside the methods' own handling, in Ray's (un)packing for instance
+            return ActorFailed(self.owner, f"failed: {' '.join(str(error.cause).split())[:300]}", str(error))
         where = f"process {self.identity.pid}" if self.identity else "while it started"
         memory = f", last RSS {self._last_rss_mb:.0f} MB" if self._last_rss_mb else ""
         log = processes.log_tail(self.stack_file.parent, self.identity.pid) if self.stack_file and self.identity else ""

@@ -42,9 +42,6 @@ def check_packages() -> None:
         raise ValueError(f"package {name} must be {home / name}, but Python finds {found}: rename or uninstall what shadows it")
 
 
-# ---- verbs
-
-
 def _train(args: argparse.Namespace) -> int:
     from grpo.config import RunConfig, load_config
 
@@ -149,9 +146,6 @@ def _quickstart(args: argparse.Namespace) -> int:
     from grpo.quickstart import main as quickstart
 
     return int(quickstart(args.arguments) or 0)
-
-
-# ---- parsers
 
 
 def build_parser() -> argparse.ArgumentParser:

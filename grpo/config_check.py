@@ -85,8 +85,10 @@ def _rewards(config: RunConfig) -> str:
     samples = score_samples(rows, config.rewards, prefilled=config.prompt.prefill_think)
     if samples.faults:
         raise ValueError("\n".join(fault + note for fault in samples.faults))
-    return ", ".join(
-        f"{name} gives {_number(pairs[0][0])} for a gold answer and {_number(pairs[0][1])} for a wrong one" for name, pairs in samples.values.items()
+    pairs = {name: values[0] for name, values in samples.values.items()}
+    return (
+        ", ".join(f"{name} gives {_number(right)} for a gold answer and {_number(wrong)} for a wrong one" for name, (right, wrong) in pairs.items())
+        + note
     )
 
 

@@ -45,9 +45,6 @@ class Row:
     meta: dict[str, Any] = field(default_factory=dict)
 
 
-# ---- rows
-
-
 def load_rows(
     path_or_name: str | Path,
     *,
@@ -156,9 +153,6 @@ def _last_boxed(text: str) -> str | None:
         if depth == 0:
             return text[begin:position].strip() or None
     return None
-
-
-# ---- prompts
 
 
 def build_prompts(

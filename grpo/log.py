@@ -241,7 +241,7 @@ class _Display:
         self._live.start()
 
     def _render(self) -> Group:
-        return Group(self._samples, self._line, self._progress)
+        return Group(self._progress, self._line, self._samples)  # a low terminal cuts the samples first
 
     def update(self, step: int, metrics: Mapping[str, float | None]) -> None:
         line = summary_line(step, None, metrics)

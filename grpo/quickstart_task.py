@@ -6,7 +6,8 @@ from the prompt, adds them with the carry, and the answer collects the columns' 
     <think> 7+8+0=15, 4+5+1=10, 3+2+1=06 </think> <answer> 605 </answer>
 
 A wording after the sum keeps the digits more than layers·(w − 1) tokens away from their use, so that a window alone
-cannot see them. Held-out problems use numbers that no training problem has. Leaves out the model and the training
+cannot see them. Held-out problems use numbers that no training problem has. The warm-up shows only part of the pairs of
+digits (`is_shown`): the other sums the model can only find out from rewards. Leaves out the model and the training
 (grpo.quickstart); nothing is downloaded.
 """
 
@@ -28,6 +29,10 @@ QUESTION = "What is {a} + {b}, worked out column by column from the right, with 
 
 # A word, symbol or tag takes the space before it, and the one after it if a digit follows; each digit stands alone.
 _PIECES = r" ?</?(?:think|answer)>(?: (?=[0-9]))?| ?[A-Za-z]+(?: (?=[0-9]))?| ?[^\sA-Za-z0-9<]+(?: (?=[0-9]))?|[0-9]|\s+|<"
+HELD_OUT_SHARE = 0.2
+SHOWN_PAIRS = 33
+_PAIRS = [(x, y) for x in range(10) for y in range(x, 10)]
+_RANK = {pair: rank for rank, pair in enumerate(random.Random(20250122).sample(_PAIRS, len(_PAIRS)))}  # noqa: S311 (a fixed choice)
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
 
 
@@ -63,23 +68,40 @@ def make_problem(a: int, b: int, num_digits: int) -> Problem:
     return Problem(question=QUESTION.format(a=first, b=second), answer=str(a + b), solution=", ".join(columns))
 
 
-def make_problems(count: int, *, seed: int, num_digits: int, held_out: bool, held_out_share: float = 0.2) -> list[Problem]:
+def is_shown(x: int, y: int) -> bool:
+    """Whether the warm-up shows sums of these two digits: SHOWN_PAIRS of the 55 unordered pairs, the same for every seed."""
+    return _RANK[min(x, y), max(x, y)] < SHOWN_PAIRS
+
+
+def _only_shown(a: int, b: int, num_digits: int) -> bool:
+    return all(is_shown(int(x), int(y)) for x, y in zip(str(a).zfill(num_digits), str(b).zfill(num_digits)))
+
+
+def make_problems(count: int, *, seed: int, num_digits: int, held_out: bool, shown_only: bool = False) -> list[Problem]:
     """`count` different problems, the same for the same arguments.
 
-    Of all numbers with `num_digits` digits, `held_out_share` are kept for held-out problems alone, whatever `seed` is:
+    Of all numbers with `num_digits` digits, HELD_OUT_SHARE are kept for held-out problems alone, whatever `seed` is:
     neither operand of a held-out problem ever occurs in a training problem.
+
+    Args:
+        shown_only: only problems whose columns all have pairs of digits that the warm-up shows.
+
+    Raises:
+        ValueError: there are not enough different problems.
     """
     numbers = list(range(10 ** (num_digits - 1), 10**num_digits))
     random.Random(20250121).shuffle(numbers)  # noqa: S311 (a fixed split, not a secret)
-    cut = round(len(numbers) * held_out_share)
+    cut = round(len(numbers) * HELD_OUT_SHARE)
     pool = numbers[:cut] if held_out else numbers[cut:]
-    if count > len(pool) ** 2 // 2:
-        raise ValueError(f"count must be <= {len(pool) ** 2 // 2}, half of all pairs of {len(pool)} numbers; got {count}")
     source = random.Random(f"{seed}/{held_out}")  # noqa: S311 (data, not a secret)
     pairs: dict[tuple[int, int], None] = {}
-    while len(pairs) < count:
-        pairs[source.choice(pool), source.choice(pool)] = None
-    return [make_problem(a, b, num_digits) for a, b in pairs]
+    for _ in range(100 * count):
+        a, b = source.choice(pool), source.choice(pool)
+        if not shown_only or _only_shown(a, b, num_digits):
+            pairs[a, b] = None
+        if len(pairs) == count:
+            return [make_problem(a, b, num_digits) for a, b in pairs]
+    raise ValueError(f"there are too few different sums of {len(pool)} numbers for count={count}; found {len(pairs)}")
 
 
 def write_rows(path: Path, problems: Sequence[Problem], *, completions: bool = False) -> Path:

@@ -113,7 +113,7 @@ def _metric_cell(metric: Metric | None) -> str:
 def _evaluation_table(reports: list[EvalReport]) -> str:
     if not reports:
         return ""
-    names = list(dict.fromkeys(name for report in reports for name in report.metrics))
+    names = [name for name in dict.fromkeys(name for report in reports for name in report.metrics) if not name.startswith("avg@")]  # = pass@1
     extras = [("well_formed_share", "well formed", ".3f"), ("truncated_share", "truncated", ".3f"), ("mean_length", "tokens", ".1f")]
     head = "".join(f"<th>{_text(name)}</th>" for name in ["step", "data", "problems × samples", *names, *(label for _, label, _ in extras)])
     body = []

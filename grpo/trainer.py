@@ -50,8 +50,6 @@ STATE_FILE = "trainer_state.json"
 AGREEMENT_EVERY = 10
 """Steps between measurements of selection/agreement, for which the sampler records its choices (step 1 is measured)."""
 
-logger = logging.getLogger(__name__)
-
 
 def train(config: RunConfig, *, resume_from: Path | None = None) -> Path:
     """Run GRPO as configured; returns the run's folder.
@@ -74,13 +72,15 @@ def train(config: RunConfig, *, resume_from: Path | None = None) -> Path:
         if resume_from is None:
             prepare_run_dir(config, config.log.model_copy(update={"run_dir": str(run_dir)}), config.name)
         store = CheckpointStore(run_dir / CHECKPOINTS, keep_last=config.train.keep_last, keep_best=config.train.keep_best)
-        start = _newest(store) if resume_from is not None else None
+        start, faults = _newest(store) if resume_from is not None else (None, [])
         step = int(start.name.removeprefix("step-")) if start else (-1 if resume_from is not None else None)
         log = stack.enter_context(
             RunLogger(run_dir, config.log, name=config.name, total_steps=config.train.steps, config=config.model_dump(mode="json"), resume_step=step)
         )
         stack.enter_context(_sigterm_as_exit())
         stack.enter_context(_log_lines_to(log))
+        for fault in faults:
+            log.message(f"warning: {fault}")
         runtime = start_runtime(config, run_dir)
         stack.callback(runtime.close)
         trainer = Trainer(config, problems, runtime, store, log)
@@ -366,18 +366,16 @@ class _Timed:
             self.seconds += time.perf_counter() - began
 
 
-def _newest(store: CheckpointStore) -> Path | None:
-    """The checkpoint to resume from; damaged ones are named, and None means that the run starts over.
+def _newest(store: CheckpointStore) -> tuple[Path | None, list[str]]:
+    """The checkpoint to resume from (None: the run starts over), and a line for each damaged one.
 
     Raises:
         CheckpointError: there are checkpoints, but none is complete.
     """
     good, faults = store.complete()
-    for fault in faults:
-        logger.warning("%s", fault)
     if faults and not good:
         raise CheckpointError(f"{store.folder} holds no complete checkpoint: {'; '.join(faults)}")
-    return good[-1].path if good else None
+    return good[-1].path if good else None, faults
 
 
 class _LogLines(logging.Handler):

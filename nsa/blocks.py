@@ -12,6 +12,9 @@ from torch.nn import functional
 
 from nsa.config import SparsityConfig
 
+MAX_COMPARISONS = 2**25
+"""Up to this many pairs of block scores are ranked by comparing, more by sorting."""
+
 
 def num_compressed(length: int, config: SparsityConfig) -> int:
     """Complete compressed tokens of a sequence of `length` tokens (Eq. 7)."""
@@ -60,6 +63,19 @@ def block_scores(probabilities: torch.Tensor, count: int, config: SparsityConfig
     return scores
 
 
+def _ranks(keys: torch.Tensor) -> torch.Tensor:
+    """Place of each entry in descending order, ties to the lower index, along the last dimension.
+
+    Few entries are compared pair by pair (one or two kernels), many are sorted; both give the same ranks."""
+    count = keys.shape[-1]
+    if keys.numel() * count <= MAX_COMPARISONS:
+        index = torch.arange(count, device=keys.device)
+        mine, other = keys[..., :, None], keys[..., None, :]
+        return ((other > mine) | ((other == mine) & (index < index[:, None]))).sum(-1)
+    order = keys.sort(dim=-1, descending=True, stable=True).indices
+    return torch.empty_like(order).scatter_(-1, order, torch.arange(count, device=keys.device).expand_as(order))
+
+
 def select_blocks(scores: torch.Tensor, positions: torch.Tensor, config: SparsityConfig) -> torch.Tensor:
     """The n blocks each query attends to (Eq. 11-12): forced initial and local blocks, then the best of the others.
 
@@ -75,14 +91,15 @@ def select_blocks(scores: torch.Tensor, positions: torch.Tensor, config: Sparsit
     blocks = torch.arange(count, device=scores.device)
     current = (positions // config.select_block_size)[..., None]
     visible = blocks <= current
-    forced = (blocks < config.num_init_blocks) | (blocks > current - config.num_local_blocks)
     if count <= n:
         chosen = torch.where(visible, blocks, -1).expand(*scores.shape)
         return functional.pad(chosen, (0, n - count), value=-1)
+    forced = (blocks < config.num_init_blocks) | (blocks > current - config.num_local_blocks)
     keys = scores.masked_fill(forced, torch.inf).masked_fill(~visible, -1.0)
-    values, order = keys.sort(dim=-1, descending=True, stable=True)
-    chosen = order[..., :n].masked_fill(values[..., :n] < 0, count).sort(dim=-1).values
-    return chosen.masked_fill(chosen == count, -1)
+    selected = (_ranks(keys) < n) & visible
+    place = torch.where(selected, selected.cumsum(-1) - 1, n)
+    chosen = torch.full((*scores.shape[:-1], n + 1), -1, dtype=torch.int64, device=scores.device)
+    return chosen.scatter_(-1, place, blocks.expand_as(place))[..., :n]
 
 
 def selection_mask(selection: torch.Tensor, count: int) -> torch.Tensor:

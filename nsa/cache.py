@@ -172,29 +172,35 @@ class NSACache:
                 self._pages[sequence].append(page)
             self._lengths[sequence] += count
 
-    def fork(self, sequence: int) -> int:
-        """A new sequence with the same tokens: full pages are shared, the last, unfinished one is copied.
+    def fork(self, sequence: int, count: int = 1) -> list[int]:
+        """`count` new sequences with the same tokens: full pages are shared, the last, unfinished one is copied.
 
         Raises:
-            MemoryError: no page free for the copy.
+            MemoryError: not enough free pages for the copies; nothing was forked.
         """
         pages, length = self._pages[sequence], self._lengths[sequence]
         shared = length // self.page_size
-        if len(pages) > shared and not self._free:
-            raise MemoryError("the cache has no free page to copy the last page of a forked sequence")
-        child = self.add_sequence()
-        self._pages[child] = pages[:shared]
-        self._lengths[child] = length
-        for page in self._pages[child]:
-            self._references[page] += 1
-        if len(pages) > shared:
-            copy = self._free.pop()
-            self._references[copy] = 1
-            self._pages[child].append(copy)
+        unfinished = len(pages) > shared
+        if unfinished and len(self._free) < count:
+            raise MemoryError(f"the cache has {len(self._free)} free pages, {count} are needed to copy the last page of a forked sequence")
+        children = []
+        for _ in range(count):
+            child = self.add_sequence()
+            self._pages[child] = pages[:shared]
+            self._lengths[child] = length
+            for page in pages[:shared]:
+                self._references[page] += 1
+            if unfinished:
+                copy = self._free.pop()
+                self._references[copy] = 1
+                self._pages[child].append(copy)
+            children.append(child)
+        if unfinished and children:
+            copies = torch.tensor([self._pages[child][-1] for child in children], device=self.layers[0].raw.device)
             for layer in self.layers:
-                layer.raw[copy] = layer.raw[pages[shared]]
-                layer.cmp[copy] = layer.cmp[pages[shared]]
-        return child
+                layer.raw[copies] = layer.raw[pages[shared]]
+                layer.cmp[copies] = layer.cmp[pages[shared]]
+        return children
 
     def release(self, sequence: int) -> None:
         """Forget a sequence; its pages become free where nobody else holds them."""
@@ -203,12 +209,6 @@ class NSACache:
             if self._references[page] == 0:
                 self._free.append(page)
         del self._lengths[sequence]
-
-    def copy_pages(self, source: torch.Tensor, destination: torch.Tensor) -> None:
-        """Copy whole pages in every layer, `[M]` → `[M]` page numbers."""
-        for layer in self.layers:
-            layer.raw[destination] = layer.raw[source]
-            layer.cmp[destination] = layer.cmp[source]
 
     def block_table(self, sequences: Sequence[int], num_columns: int | None = None) -> torch.Tensor:
         """int32 `[N, P]` on the CPU, 0 (the scratch page) where a sequence has fewer pages."""

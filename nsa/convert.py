@@ -24,16 +24,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from nsa.config import NSAConfig
-from nsa.layers import ROPE_TYPES
+from nsa.dense import (
+    SUPPORTED,
+    dtype_of,
+    end_of_sequence_ids,
+    load_dense,
+    locate,
+    read_config,
+    read_generation_config,
+    read_tokenizer,
+    require_supported,
+    rope_parameters,
+)
 from nsa.model import NSAForCausalLM
 
 logger = logging.getLogger(__name__)
 
-SUPPORTED = "dense Llama, Qwen2 and Qwen3 checkpoints with full attention in every layer and RoPE of type default, linear, llama3 or yarn"
 TOLERANCE = 1e-4
 """Largest allowed |Δ logit| in fp32, as a fraction of the largest |logit|."""
 
@@ -115,17 +124,6 @@ class Conversion:
         return "\n".join(lines)
 
 
-@dataclass(frozen=True, slots=True)
-class _Source:
-    """Where transformers finds the dense checkpoint: its first argument and the gguf_file keyword, if any."""
-
-    name: str
-    keywords: dict[str, str]
-
-    def __str__(self) -> str:
-        return str(Path(self.name, *self.keywords.values()))
-
-
 def parse_overrides(pairs: Sequence[str]) -> dict[str, Any]:
     """`["window_size=64", "kv=shared"]` → keyword arguments of `convert`.
 
@@ -163,19 +161,20 @@ def convert(source: str | os.PathLike[str], destination: str | os.PathLike[str],
     destination = Path(destination)
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise ValueError(f"destination {destination} exists and is not an empty folder: give a new one")
-    origin = _locate(source)
-    dense_config = _read_config(origin)
+    origin = locate(source)
+    dense_config = read_config(origin)
     options = {**_DEFAULTS, **overrides}
-    dtype = _dtype_of(options.pop("dtype", None), dense_config)
+    dtype = dtype_of(options.pop("dtype", None), dense_config)
     config = nsa_config(dense_config, **options)
 
-    tokenizer = _read_tokenizer(origin)
-    generation = _read_generation_config(origin, dense_config)
-    stop_ids = _end_of_sequence_ids(dense_config, generation, tokenizer)
+    tokenizer = read_tokenizer(origin)
+    generation = read_generation_config(origin, dense_config)
+    stop_ids = end_of_sequence_ids(dense_config, generation, tokenizer)
     config.eos_token_id = stop_ids[0] if len(stop_ids) == 1 else (stop_ids or None)
     generation.eos_token_id = config.eos_token_id
 
-    dense = _load_dense(origin, dtype)
+    logger.info("reading %s", origin)
+    dense = load_dense(origin, dtype)
     samples = _sample_ids(config, tokenizer)
     # nn.Module's, for Transformers' own .float() refuses models read from a GGUF file, though their weights are plain tensors by now.
     torch.nn.Module.float(dense)
@@ -189,6 +188,7 @@ def convert(source: str | os.PathLike[str], destination: str | os.PathLike[str],
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     torch.nn.Module.to(model, dtype)
 
+    logger.info("writing and checking %s", destination)
     with _temporary_folder(destination) as folder:
         model.save_pretrained(folder)
         del model
@@ -222,7 +222,7 @@ def nsa_config(dense: PreTrainedConfig, **options: Any) -> NSAConfig:
     Raises:
         ValueError: an architecture or feature that NSAForCausalLM does not have, or an option out of range.
     """
-    _require_supported(dense)
+    require_supported(dense)
     heads = dense.num_attention_heads
     bias = bool(getattr(dense, "attention_bias", False))
     if options.get("gate") == "fixed":
@@ -230,7 +230,7 @@ def nsa_config(dense: PreTrainedConfig, **options: Any) -> NSAConfig:
     return NSAConfig(
         **{key: getattr(dense, key) for key in _COPIED_KEYS},
         head_dim=getattr(dense, "head_dim", None) or dense.hidden_size // heads,
-        rope_parameters=dict(_rope(dense)),
+        rope_parameters=dict(rope_parameters(dense)),
         attention_bias=bias or dense.model_type == "qwen2",
         attention_output_bias=bias,
         mlp_bias=bool(getattr(dense, "mlp_bias", False)),
@@ -260,116 +260,6 @@ def _check_overrides(overrides: dict[str, Any]) -> None:
             )
         elif value not in _CHOICE_KEYS[key]:
             raise ValueError(f"{key} must be one of {', '.join(_CHOICE_KEYS[key])}, got {value!r}")
-
-
-def _require_supported(config: PreTrainedConfig) -> None:
-    def refuse(what: str) -> ValueError:
-        return ValueError(f"cannot convert {what}; supported are {SUPPORTED}")
-
-    if config.model_type == "nsa_grpo":
-        raise refuse("a checkpoint that is an NSA model already")
-    if config.model_type not in ("llama", "qwen2", "qwen3"):
-        raise refuse(f"model type {config.model_type!r}")
-    if getattr(config, "quantization_config", None):
-        raise refuse("quantised weights (take the original checkpoint, or a GGUF file, which is dequantised)")
-    if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
-        raise refuse("sliding-window layers")
-    rope = _rope(config)
-    if rope.get("rope_type", "default") not in ROPE_TYPES:
-        raise refuse(f"RoPE of type {rope.get('rope_type')!r}")
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise refuse(f"partial RoPE (partial_rotary_factor={rope['partial_rotary_factor']})")
-    if config.hidden_act not in ("silu", "swish"):
-        raise refuse(f"activation {config.hidden_act!r}")
-
-
-def _rope(config: PreTrainedConfig) -> dict[str, Any]:
-    return getattr(config, "rope_parameters", None) or {}
-
-
-def _locate(source: str | os.PathLike[str]) -> _Source:
-    """Resolve a folder, a .gguf file, a folder with one .gguf file, or (if nothing is there) a hub name."""
-    path = Path(source)
-    if path.is_file():
-        if path.suffix != ".gguf":
-            raise ValueError(f"source {path} is a file but not a .gguf file: give a checkpoint folder, a hub name or a .gguf file")
-        return _Source(str(path.parent), {"gguf_file": path.name})
-    if path.is_dir():
-        if (path / "config.json").is_file():
-            return _Source(str(path), {})
-        found = sorted(path.glob("*.gguf"))
-        if len(found) != 1:
-            raise ValueError(f"source {path} has no config.json and {len(found)} .gguf files: give a checkpoint folder or one .gguf file")
-        return _Source(str(path), {"gguf_file": found[0].name})
-    if str(source).endswith(".gguf") or str(source).startswith(("/", ".", "~")) or str(source).count("/") > 1:
-        raise ValueError(f"no checkpoint at {source}")
-    return _Source(str(source), {})
-
-
-def _read_config(origin: _Source) -> PreTrainedConfig:
-    try:
-        return AutoConfig.from_pretrained(origin.name, **origin.keywords)
-    except ImportError as error:
-        raise ValueError(
-            f"{origin}: reading GGUF needs the packages gguf and accelerate: pip install 'nsa-grpo[gguf]' ({_first_line(error)})"
-        ) from error
-    except (OSError, ValueError, KeyError, NotImplementedError) as error:
-        raise ValueError(f"cannot read a model config from {origin}: {_first_line(error)}; supported are {SUPPORTED}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
-def _dtype_of(name: str | None, config: PreTrainedConfig) -> torch.dtype:
-    """The written weights' dtype: as asked for, else the source's, else (GGUF, old configs) fp32."""
-    dtype = getattr(torch, name) if name else getattr(config, "dtype", None)
-    if isinstance(dtype, str):
-        dtype = getattr(torch, dtype, None)
-    return dtype if dtype in (torch.float32, torch.bfloat16, torch.float16) else torch.float32
-
-
-def _read_tokenizer(origin: _Source) -> Any | None:
-    """The source's tokenizer, or None (with a log line) where it has none."""
-    folder = Path(origin.name)
-    if (
-        folder.is_dir()
-        and not origin.keywords
-        and not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json"))
-    ):
-        logger.warning("%s has no tokenizer files: the converted checkpoint will have none", origin)
-        return None
-    try:
-        return AutoTokenizer.from_pretrained(origin.name, **origin.keywords)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"cannot read the tokenizer of {origin}: {_first_line(error)}") from error
-
-
-def _read_generation_config(origin: _Source, config: PreTrainedConfig) -> GenerationConfig:
-    """The source's generation_config.json; without one, what its config implies."""
-    if not origin.keywords:
-        with contextlib.suppress(OSError):
-            return GenerationConfig.from_pretrained(origin.name)
-    return GenerationConfig(bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id)
-
-
-def _end_of_sequence_ids(config: PreTrainedConfig, generation: GenerationConfig, tokenizer: Any | None) -> list[int]:
-    """Every id that ends a sequence: the generation config's, the config's and the tokenizer's, in this order."""
-    ids: list[int] = []
-    for given in (generation.eos_token_id, config.eos_token_id, getattr(tokenizer, "eos_token_id", None)):
-        for token_id in given if isinstance(given, list | tuple) else [given]:
-            if token_id is not None and token_id not in ids:
-                ids.append(int(token_id))
-    return ids
-
-
-def _load_dense(origin: _Source, dtype: torch.dtype) -> PreTrainedModel:
-    try:
-        return AutoModelForCausalLM.from_pretrained(origin.name, dtype=dtype, **origin.keywords).eval()
-    except ImportError as error:
-        raise ValueError(f"{origin}: {_first_line(error)} (GGUF files need: pip install 'nsa-grpo[gguf]')") from error
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise ValueError(f"cannot read the weights of {origin}: {_first_line(error)}") from error
 
 
 def _copy_weights(dense: PreTrainedModel, model: PreTrainedModel) -> int:

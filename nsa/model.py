@@ -73,7 +73,7 @@ class GenerationCache:
         """Row i goes on from what row `beam_index[i]` was."""
         if len(self.rows) > self.pages.num_free_pages:
             self.pages.grow(len(self.rows))
-        rows = [self.pages.fork(self.rows[int(index)]) for index in beam_index]
+        rows = [self.pages.fork(self.rows[int(index)])[0] for index in beam_index]
         for row in self.rows:
             self.pages.release(row)
         self.rows = rows

@@ -220,6 +220,25 @@ def _token_rows(cache: LayerCache, block_table: torch.Tensor, tokens: torch.Tens
     return ((pages * 2 + kind) * page_size + tokens % page_size) * rows + heads
 
 
+def _attend_tokens(
+    q: torch.Tensor, cache: LayerCache, block_table: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor, branch_set: int, scale: float
+) -> torch.Tensor:
+    """Attention of each query over its own tokens: q `[B, Hkv, G, m, Dk]`, tokens and mask `[B, m, Hkv, X]` → `[B, Hkv, G, m, Dv]`.
+
+    Masked-out places are gathered from a token that is there, so nothing stale is read."""
+    group, shape = q.shape[2], tokens.shape
+    filled = torch.where(mask, tokens, 0)
+    flat = cache.raw.view(-1, cache.raw.shape[-1])
+    key, value = (
+        flat.index_select(0, _token_rows(cache, block_table, filled, kind, branch_set).flatten()).view(-1, 1, shape[-1], flat.shape[-1])
+        for kind in (0, 1)
+    )
+    queries = q.permute(0, 3, 1, 2, 4).flatten(0, 2)[:, None]
+    visible = mask.reshape(-1, 1, 1, shape[-1]).expand(-1, 1, group, -1)
+    out = functional.scaled_dot_product_attention(queries, key[..., : cache.key_dim], value[..., : cache.value_dim], attn_mask=visible, scale=scale)
+    return out[:, 0].unflatten(0, shape[:3]).permute(0, 2, 3, 1, 4)
+
+
 def paged_decode(
     q: torch.Tensor, cache: LayerCache, block_table: torch.Tensor, seq_lens: torch.Tensor, gates: torch.Tensor, *, config: SparsityConfig,
     selection: torch.Tensor | None, return_selection: bool, scale: float,
@@ -241,33 +260,14 @@ def paged_decode(
     out, scores = _compression(grouped, (key, value), positions, num_blocks(capacity, config), config, scale)
     chosen = _replayed(select_blocks(scores, positions[:, None], config), None if selection is None else selection.transpose(1, 2))
 
-    block, window = config.select_block_size, min(config.window_size, capacity)
-    starts = chosen.transpose(1, 2)[..., None] * block
-    slc_tokens = (starts + torch.arange(block, device=q.device)).flatten(-2)
     at = positions[:, :, None, None]
-    slc_mask = (slc_tokens >= 0) & (slc_tokens <= at)
-    win_tokens = (at - (window - 1) + torch.arange(window, device=q.device)).expand(-1, -1, heads, -1)
-    win_mask = win_tokens >= 0
-    parts = [(slc_tokens, "slc"), (win_tokens, "win")]
-    rows = [
-        torch.cat([_token_rows(cache, block_table, t.clamp(min=0, max=capacity - 1), kind, cache.set_index(b)) for t, b in parts], -1)
-        for kind in (0, 1)
-    ]
-    flat = cache.raw.view(-1, cache.raw.shape[-1])
-    gathered = [flat.index_select(0, r.flatten()).view(*r.shape, -1).transpose(1, 2) for r in rows]
-    mask = torch.cat([slc_mask, win_mask], dim=-1).transpose(1, 2)
-    key, value = gathered[0][..., : cache.key_dim], gathered[1][..., : cache.value_dim]
-    scores_dtype = _score_dtype(q.dtype)
-    per_query = grouped.transpose(2, 3)
-    logits = torch.matmul(per_query.to(scores_dtype) * scale, key.to(scores_dtype).transpose(-1, -2))
-    split = slc_tokens.shape[-1]
-    probabilities = [
-        _softmax(part, m[:, :, :, None]) for part, m in zip(logits.split([split, window], -1), mask.split([split, window], -1), strict=True)
-    ]
-    weights_q = weights.transpose(2, 3).to(scores_dtype)
-    combined = torch.cat([weights_q[..., 1:2] * probabilities[0], weights_q[..., 2:] * probabilities[1]], dim=-1)
-    near = torch.matmul(combined.to(value.dtype), value)
-    out = weights[..., :1].to(out.dtype) * out + near.transpose(2, 3)
+    block_tokens = chosen.transpose(1, 2)[..., None] * config.select_block_size + torch.arange(config.select_block_size, device=q.device)
+    window = min(config.window_size, capacity)
+    window_tokens = (at - (window - 1) + torch.arange(window, device=q.device)).expand(-1, -1, heads, -1)
+    out = weights[..., :1].to(out.dtype) * out
+    for index, branch, tokens in ((1, "slc", block_tokens.flatten(-2)), (2, "win", window_tokens)):
+        near = _attend_tokens(grouped, cache, block_table, tokens, (tokens >= 0) & (tokens <= at), cache.set_index(branch), scale)
+        out = out + weights[..., index : index + 1].to(out.dtype) * near
     out = out.permute(0, 3, 1, 2, 4).flatten(2, 3).to(q.dtype)
     if not return_selection:
         return out

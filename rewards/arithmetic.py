@@ -17,18 +17,19 @@ from rewards.tokens import SyntaxFault, Token
 from rewards.tree import (
     EMPTY_SET,
     MAX_DEPTH,
+    MAX_SUFFIXES,
     MINUS_ONE,
     Add,
     Based,
     Call,
     Collection,
-    Mul,
     Node,
     Number,
     Power,
     Ratio,
     Symbol,
     divide,
+    multiply,
     negate,
 )
 
@@ -103,12 +104,12 @@ class Arithmetic:
             if self._at("op", "*", "/"):
                 operator = self._take().text
                 right = self._signed_power()
-                node = Mul((node, right)) if operator == "*" else divide(node, right)
+                node = multiply(node, right) if operator == "*" else divide(node, right)
             elif self._at("op", ":"):
                 node = self._ratio(node)
             elif self._at("name", "x") and self._peek().spaced and self._peek(1).kind == "num" and self._peek(1).spaced and isinstance(node, Number):
                 self._take()  # 3.2 x 10^5
-                node = Mul((node, self._power()))
+                node = multiply(node, self._power())
             elif self._at_bare_unit(node):
                 return node
             elif self._peek().kind in _STARTS or (self._at("bar") and not self.in_bars):
@@ -136,7 +137,7 @@ class Arithmetic:
                 part = self._power()
                 if isinstance(part, Number) and 0 < part.value < 1:
                     return Number(left.value + part.value)
-                return Mul((left, part))
+                return multiply(left, part)
             if token.kind == "num":
                 slash, bottom = self._peek(1), self._peek(2)
                 if token.spaced and slash.text == "/" and bottom.kind == "num" and token.value and bottom.value and token.value < bottom.value:
@@ -144,7 +145,7 @@ class Arithmetic:
                     return Number(left.value + token.value / bottom.value)
         if token.kind == "num" and (previous.kind in ("num", "name", "const") or isinstance(left, Number)) and previous.text not in ")}":
             raise SyntaxFault("two numbers side by side")
-        return Mul((left, self._power()))
+        return multiply(left, self._power())
 
     def _ratio(self, first: Node) -> Node:
         terms, written = [first], ""
@@ -153,7 +154,7 @@ class Arithmetic:
             written = self._peek().text
             terms.append(self._signed_power())
             while self._peek().kind in ("name", "const") and not self._peek().spaced:
-                terms[-1] = Mul((terms[-1], self._power()))
+                terms[-1] = multiply(terms[-1], self._power())
         if len(terms) > 6:
             raise SyntaxFault("long ratio")
         return Ratio(tuple(terms), written)
@@ -172,7 +173,7 @@ class Arithmetic:
                 if self._at("op", "^"):
                     raise SyntaxFault("double superscript")
             node = Power(node, exponent)
-            while self._at("op", "!", "%", "°"):
+            if self._at("op", "!", "%", "°"):
                 node = self._suffix(node)
         self.depth -= 1
         return node
@@ -184,8 +185,11 @@ class Arithmetic:
         return self._power()
 
     def _postfix(self) -> Node:
-        node = self._atom()
+        node, count = self._atom(), 0
         while self._at("op", "!", "%", "°", "'", "_"):
+            count += 1
+            if count > MAX_SUFFIXES:
+                raise SyntaxFault("too many marks after a value")
             node = self._suffix(node)
         return node
 
@@ -196,7 +200,7 @@ class Arithmetic:
         if mark == "%":
             return divide(node, Number(Fraction(100)))
         if mark == "°":
-            return Mul((node, Symbol("°")))
+            return multiply(node, Symbol("°"))
         if mark == "'":
             return Call("prime", (node,))
         written = self.tokens[self.index - 2].text
@@ -226,7 +230,12 @@ class Arithmetic:
         return "".join(parts)
 
     def _atom(self) -> Node:
-        token = self._take()
+        self._enter()
+        node = self._atom_of(self._take())
+        self.depth -= 1
+        return node
+
+    def _atom_of(self, token: Token) -> Node:
         if token.kind == "num" and token.value is not None:
             return Number(token.value)
         if token.kind == "name":
@@ -325,16 +334,14 @@ class Arithmetic:
 
     def _bare_argument(self) -> Node:
         """`\\sin 2x` takes 2x; it stops at a sign, an operator or the next function."""
-        if self._at("op", "-"):
-            self._take()
-            return negate(self._bare_argument())
+        sign = self._take().text if self._at("op", "-") else ""
         node = self._function_factor()
         while self._peek().kind in ("num", "name", "const", "cmd") and self._peek().kind != "func":
-            node = Mul((node, self._power()))
+            node = multiply(node, self._power())
         if self._at("op", "/") and self._peek(1).kind == "num" and isinstance(node, Symbol | Number):
             self._take()
             node = divide(node, self._power())
-        return node
+        return negate(node) if sign else node
 
     def _function_factor(self) -> Node:
         if self._at("func"):

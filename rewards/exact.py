@@ -79,7 +79,7 @@ def _integer_root(value: int, degree: int) -> int | None:
 
 def _rational_power(base: Fraction, exponent: Fraction) -> Fraction | None:
     if exponent.denominator != 1:
-        if base < 0 or exponent.denominator > 64:
+        if exponent.denominator > 64 or (base < 0 and exponent.denominator % 2 == 0):
             return None
         top = _integer_root(base.numerator, exponent.denominator)
         bottom = _integer_root(base.denominator, exponent.denominator)
@@ -201,7 +201,7 @@ class Numeric:
                 product *= self.value(factor)
             return product
         if isinstance(node, Power):
-            return self._power(self.value(node.base), self.value(node.exponent))
+            return self._power(self.value(node.base), node.exponent)
         if isinstance(node, Call):
             return self._call(node)
         raise Undefined("no scalar")
@@ -221,8 +221,12 @@ class Numeric:
             return mp.mpf(value.numerator) / value.denominator
         raise Undefined(f"no value for {name}")
 
-    def _power(self, base: Any, exponent: Any) -> Any:
+    def _power(self, base: Any, power: Node) -> Any:
         mp = self.context
+        if isinstance(power, Number) and power.value.denominator % 2 and power.value.denominator > 1 and mp.im(base) == 0 and base.real < 0:
+            root = self._power(-base, power)  # ∛(−8) is −2, as in school
+            return -root if power.value.numerator % 2 else root
+        exponent = self.value(power)
         if base == 0:
             if mp.re(exponent) <= 0:
                 raise Undefined("0 to a power that is not positive")

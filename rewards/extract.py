@@ -23,7 +23,7 @@ _PHRASE = re.compile(
 )
 _SENTENCE_END = re.compile(r"\.(?:\s+[A-Z\[]|\s*$)|\n|\s+I hope")
 _IS = re.compile(
-    r"(?:\b(?:is|are|be|equals?|it's|was)\s*:?|=)\s+"
+    r"(?:\b(?:is|are|be|equals?|it's|was)\s*:?|=)\s++"
     r"(?!not\b|(?:the|our|my|a)\s+(?:final\s+|correct\s+)?(?:solution|answer|result|domain|range)\b)"
 )
 _MATH = re.compile(r"\$\$(.{1,2000}?)\$\$|\$([^$]{1,2000})\$|\\\((.{1,2000}?)\\\)|\\\[(.{1,2000}?)\\\]", re.DOTALL)

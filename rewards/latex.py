@@ -15,7 +15,7 @@ from fractions import Fraction
 from rewards import words
 from rewards.arithmetic import END, Arithmetic
 from rewards.tokens import SyntaxFault
-from rewards.tree import EMPTY_SET, Call, Collection, Matrix, Mul, Node, Number, Quantity, Relation, SetOperation, Text, divide
+from rewards.tree import EMPTY_SET, MAX_OPERANDS, Call, Collection, Matrix, Node, Number, Quantity, Relation, SetOperation, Text, divide, multiply
 
 _CLOSING = {"(": ")", "[": "]", "{": "}", "{}": "{}", "⌊": "⌋", "⌈": "⌉"}
 _WORD_OPERATORS = {"union": "∪", "cup": "∪", "intersect": "∩"}
@@ -74,9 +74,12 @@ class Parser(Arithmetic):
         return Relation(tuple(terms), tuple(operators)) if operators else terms[0]
 
     def _set_term(self) -> Node:
-        node = self._quantity()
+        node, count = self._quantity(), 0
         while self._at("set") or (self._at("word") and self._peek().text.lower() in _WORD_OPERATORS):
             token = self._take()
+            count += 1
+            if count > MAX_OPERANDS:
+                raise SyntaxFault("too many sets")
             operator = token.text if token.kind == "set" else _WORD_OPERATORS[token.text.lower()]
             node = SetOperation(operator, node, self._quantity())
         return node
@@ -92,7 +95,7 @@ class Parser(Arithmetic):
             return self._words()
         node = self._sum()
         while self._at("word") and self._peek().text.lower() in words.SCALES:
-            node = Mul((node, Number(words.SCALES[self._take().text.lower()])))
+            node = multiply(node, Number(words.SCALES[self._take().text.lower()]))
         if self._at("word") and self._peek().text.lower() in words.PERCENT:
             self._take()
             return divide(node, Number(Fraction(100)))

@@ -39,6 +39,7 @@ from rewards.tree import (
     Undefined,
     negate,
 )
+from rewards.words import UNITS
 
 _PLAIN_NUMBER = re.compile(r"[+-]?\d{1,300}(?:\.\d{1,300})?")
 _MAX_ITEMS = 200
@@ -118,6 +119,8 @@ def _spans_equal(left: str, right: str) -> bool:
         return _same_source(left, right)
     if _equal(a, b) or _same_source(left, right):
         return True
+    if _chosen(left, b) or _chosen(right, a):
+        return True
     return _ambiguous(left, right, a, b) or _ambiguous(right, left, b, a)
 
 
@@ -125,6 +128,12 @@ def _same_source(left: str, right: str) -> bool:
     """The same characters up to white space and sizing commands."""
     a, b = (re.sub(r"(?<!\d)\s+|\s+(?!\d)|\\(?:left|right|[,;!: ])|\$|\.$", "", text) for text in (left, right))
     return a == b and bool(re.search(r"\w", a))
+
+
+def _chosen(text: str, letter: Node) -> bool:
+    """`B) 12` where the other side is the letter B."""
+    option = re.match(r"\(?([A-J])(?:\)|[.:]\s)\s*\S", text)
+    return option is not None and letter == Symbol(option.group(1))
 
 
 def _ambiguous(left: str, right: str, a: Node, b: Node) -> bool:
@@ -181,14 +190,24 @@ def _quantities_equal(left: Node, right: Node) -> bool:
     other, other_unit = (right.value, right.unit) if isinstance(right, Quantity) else (right, None)
     if isinstance(value, Text) or isinstance(other, Text):
         return False
-    unit, other_unit = _with_degree(value, unit), _with_degree(other, other_unit)
+    if unit is None:
+        value, unit = _letter_unit(value, other_unit)
+    if other_unit is None:
+        other, other_unit = _letter_unit(other, unit)
     if unit and other_unit and unit != other_unit:
         return False
     return _equal(value, other)
 
 
-def _with_degree(value: Node, unit: str | None) -> str | None:
-    return "degree" if unit is None and isinstance(value, Mul) and value.factors[-1] == Symbol("°") else unit
+def _letter_unit(value: Node, unit: str | None) -> tuple[Node, str | None]:
+    """A factor that can be read as the other side's unit: `5 m` beside `5\\text{ m}`; a degree sign always."""
+    if isinstance(value, Mul) and isinstance(value.factors[-1], Symbol):
+        name = value.factors[-1].name
+        if name == "°":
+            return value, "degree"
+        if unit and UNITS.get(name) == unit and len(value.factors) == 2:
+            return value.factors[0], unit
+    return value, None
 
 
 def _is_label(node: Node) -> bool:

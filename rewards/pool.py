@@ -229,7 +229,7 @@ class WorkerPool:
         for worker in list(self._workers):
             self._remove(worker)
         self._accept(pending)
-        for call in pending:
+        for call in list(pending):  # a finished future takes itself out
             if not call.future.done():
                 call.future.set_exception(RuntimeError(self._fault or "the reward pool was closed"))
         self._started.set()

@@ -14,6 +14,8 @@ from rewards.tokens import SyntaxFault, Tokenizer, translate
 from rewards.tree import Node, Number, Symbol, Text
 from rewards.words import NUMBER_WORDS
 
+_SET_BUILDER = re.compile(r"(?:\\left)?\\\{\s*[a-z]\s*(?:\\in\s*\\mathbb\{?R\}?\s*)?(?:\\mid|\||:)(.{1,500}?)(?:\\right)?\\\}")
+_REALS = ("all real numbers", "all reals", r"\text{all real numbers}")
 _CHOICE = re.compile(r"(?:(?:option|choice|answer)\s*:?\s*)?\(?\s*\\?(?:text|textbf|mathrm)?\{?\(?([A-Z])\)?\}?\s*\)?[.:]?", re.IGNORECASE)
 _CLEAN = [
     (re.compile(r"\^\s*\{?\s*(?:\\circ|\\degree|°)\s*\}?"), "°"),
@@ -63,6 +65,11 @@ def _parse_maths(span: str, thousands: bool) -> Node | None:
     choice = _CHOICE.fullmatch(span.strip())
     if choice and (choice.group(1).isupper() or span.strip()[1:2]) and not choice.group(1).islower():
         return Symbol(choice.group(1).upper())
+    builder = _SET_BUILDER.fullmatch(span.strip(" $"))
+    if builder:
+        span = builder.group(1)
+    if span.lower().strip(" .$") in _REALS:
+        return Symbol("ℝ")
     try:
         tokens = Tokenizer(_clean(span), thousands=thousands).tokens()
         return Parser(tokens).parse() if tokens else None

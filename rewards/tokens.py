@@ -65,9 +65,10 @@ _TEXT_COMMANDS = words.word_set("text textbf textit textrm textnormal mbox hbox 
 _WRAPPERS = words.word_set("overline vec hat widehat tilde bar underline boldsymbol overrightarrow boxed")
 
 _GROUPED = re.compile(r"\d{1,3}(?P<sep>\{,\}|,\\!|\\,|\\;|\\ |\\!|,| )\d{3}(?:(?P=sep)\d{3})*(?![,\d]\d|\d)(?:\.\d+)?")
+_MIXED = re.compile(r"\d+ +\d+/\d")
 _GROUPED_SAFE = re.compile(r"\d{1,3}(?P<sep>\{,\}|,\\!|\\,|\\!)\d{3}(?:(?P=sep)\d{3})*(?!\d)(?:\.\d+)?")
 _DECIMAL = re.compile(r"(?:\d+(?:\.\d+)?|\.\d+)")
-_REPEATING = re.compile(r"(\d*)\.(\d*)\\(?:overline|bar|dot)\s*(?:\{\s*(\d{1,60})\s*\}|(\d))")
+_REPEATING = re.compile(r"(\d*)\.(\d*)(?:\\(?:overline|bar|dot)\s*(?:\{\s*(\d{1,60})\s*\}|(\d))|\((\d{1,60})\))")
 _EXPONENT = re.compile(r"[eE]([+-]?\d{1,4})(?![\w.])")
 _COMMAND = re.compile(r"\\([A-Za-z]+|.)", re.DOTALL)
 _LETTERS = re.compile(r"[A-Za-z]+(?:'[a-z]+|(?:\.[A-Za-z])+\.?(?![A-Za-z]))?")
@@ -128,9 +129,9 @@ class Tokenizer:
 
     def _number(self, in_text: bool) -> None:
         text, start = self.text, self.position
-        repeating = _REPEATING.match(text, start) if "\\" in text else None
+        repeating = _REPEATING.match(text, start)
         if repeating:
-            whole, fixed, cycle = repeating.group(1), repeating.group(2), repeating.group(3) or repeating.group(4)
+            whole, fixed, cycle = repeating.group(1), repeating.group(2), repeating.group(3) or repeating.group(4) or repeating.group(5)
             if len(whole) + len(fixed) > MAX_DIGITS:
                 raise SyntaxFault("too many digits")
             base = Fraction(int((whole + fixed) or "0"), 10 ** len(fixed))
@@ -139,7 +140,8 @@ class Tokenizer:
             self._emit("num", repeating.group(), value, in_text)
             return
         pattern = _GROUPED if self.thousands and self.depth == 0 else _GROUPED_SAFE
-        match = pattern.match(text, start) or _DECIMAL.match(text, start)
+        grouped = None if _MIXED.match(text, start) else pattern.match(text, start)
+        match = grouped or _DECIMAL.match(text, start)
         if match is None:
             raise SyntaxFault("bad number")
         digits = re.sub(r"[^\d.]", "", match.group())
@@ -177,7 +179,7 @@ class Tokenizer:
             self._emit("cmd", plain)
         elif plain in GREEK:
             self._greek(plain)
-        elif lower in ("infinity", "infty"):
+        elif lower in ("infinity", "infty", "inf", "oo"):
             self._emit("const", "∞")
         elif plain == "U" and self.out and self.out[-1].text in ")]" and self.text[self.position :].lstrip()[:1] in ("(", "["):
             self._emit("set", "∪")

@@ -13,6 +13,10 @@ MAX_TEXT = 10_000
 """Characters of an answer span; anything longer is no answer."""
 MAX_TOKENS = 2_000
 MAX_DEPTH = 60
+MAX_SUFFIXES = 8
+"""Marks after one value: `!`, `%`, `°`."""
+MAX_OPERANDS = 64
+"""Operands of one union."""
 MAX_DIGITS = 2_000
 MAX_BITS = 64_000
 """Size of any exact number; a power or factorial that would be larger is not computed."""
@@ -147,8 +151,13 @@ def negate(node: Node) -> Node:
     return Mul((MINUS_ONE, node))
 
 
+def multiply(left: Node, right: Node) -> Node:
+    """left · right, flat: a product of many factors must not become a deep tree."""
+    return Mul((*left.factors, right)) if isinstance(left, Mul) else Mul((left, right))
+
+
 def divide(left: Node, right: Node) -> Node:
     """left / right, folded for plain numbers."""
     if isinstance(left, Number) and isinstance(right, Number) and right.value:
         return Number(left.value / right.value)
-    return Mul((left, Power(right, MINUS_ONE)))
+    return multiply(left, Power(right, MINUS_ONE))

@@ -76,7 +76,7 @@ NOT_A_NOUN = word_set(
 SHORT_WORDS = word_set(
     "yes no odd the not one two six ten men day cow cat dog red any all his her its are was has had can may see sum set few old new "
     "boy bus car pen egg box bag hat cup pie jar toy bed job mile am pm is it of to in on at as by an or and for per if so be he we us do go "
-    "null nan inf zoo oo jan feb mar apr jun jul aug sep oct nov dec mon tue wed thu fri sat sun tie win man ant bee fox hen pig elk ape"
+    "null nan zoo jan feb mar apr jun jul aug sep oct nov dec mon tue wed thu fri sat sun tie win man ant bee fox hen pig elk ape"
 )
 """Runs of two or three letters that are words; other short runs are products of variables (`xy`, `abc`)."""
 

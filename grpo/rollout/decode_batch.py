@@ -22,11 +22,9 @@ from torch import Tensor
 from grpo.logprobs import head_logits
 from grpo.rollout.engine import Sampling
 from grpo.rollout.sampling import hashed_uniforms, sample_tokens
+from nsa.attention import RECOMPUTE
 from nsa.cache import NSACache
 from nsa.model import NSAForCausalLM
-
-RECOMPUTE = -2
-"""A selection row that begins with it was not recorded."""
 
 
 def bucket(value: int) -> int:
@@ -223,7 +221,7 @@ class CudaGraphs:
         if key not in self._graphs:
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 step()
             self._graphs[key] = graph
         self._graphs[key].replay()

@@ -122,14 +122,15 @@ class Generation:
         new: list[_Sample] = []
         for group, count in admitted:
             prompt_sequence, _ = self._prefilled[group]
-            for index in range(group.num_started - count, group.num_started):
-                if index == group.group_size - 1:  # the last sample takes over the prompt's pages
-                    del self._prefilled[group]
-                    sample = _Sample(group, index, prompt_sequence)
-                else:
-                    sample = _Sample(group, index, self._cache.fork(prompt_sequence))
-                self._rows.append(sample)
-                new.append(sample)
+            indices = range(group.num_started - count, group.num_started)
+            last = group.num_started == group.group_size  # the last sample takes over the prompt's pages
+            children = self._cache.fork(prompt_sequence, count - last)
+            if last:
+                children.append(prompt_sequence)
+                del self._prefilled[group]
+            samples = [_Sample(group, index, child) for index, child in zip(indices, children, strict=True)]
+            self._rows += samples
+            new += samples
         sequences = [sample.sequence for sample in new]
         self._cache.reserve(sequences, sampling.max_tokens)
         repeats = torch.tensor([count for _, count in admitted]).to(self._device)

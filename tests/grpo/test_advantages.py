@@ -1,5 +1,6 @@
 """Group-relative advantages against worked numbers, dead groups by equality, and the soft length penalty."""
 
+import itertools
 import math
 import statistics
 
@@ -18,9 +19,7 @@ def group_of(lengths):
     prompt = Prompt(prompt_id="p", token_ids=(1, 2), question="q", answer="a", text="q")
     return Group(
         prompt=prompt,
-        completions=tuple(
-            Completion(token_ids=(3,) * n, logprobs=(-1.0,) * n, text="", finish_reason="stop", policy_version=0) for n in lengths
-        ),
+        completions=tuple(Completion(token_ids=(3,) * n, logprobs=(-1.0,) * n, text="", finish_reason="stop", policy_version=0) for n in lengths),
     )
 
 
@@ -59,7 +58,7 @@ def test_advantages_sum_to_zero_and_keep_the_order_of_rewards(rewards, kind):
     advantages = group_advantages(rewards, kind)
     assert math.fsum(advantages) == pytest.approx(0, abs=1e-6)
     order = sorted(range(len(rewards)), key=rewards.__getitem__)
-    assert all(advantages[a] <= advantages[b] for a, b in zip(order, order[1:]))
+    assert all(advantages[a] <= advantages[b] for a, b in itertools.pairwise(order))
 
 
 @pytest.mark.parametrize("rewards", [(), (None,), (1.0,), (None, 1.0), (0.1, 0.1, 0.1), (1.1, 1.1, None, 1.1)])

@@ -111,9 +111,7 @@ def test_each_tokens_weight_and_advantage_do_not_depend_on_the_budget(lengths, b
             starts = batch.cu_seqlens_N1.tolist()
             for (g, i), start, end in zip(batch.samples_N2.tolist(), starts, starts[1:]):
                 assert batch.positions_T[start:end].tolist() == list(range(end - start))
-                rows = zip(
-                    batch.token_ids_T[start:end].tolist(), batch.loss_weights_T[start:end].tolist(), batch.advantages_T[start:end].tolist()
-                )
+                rows = zip(batch.token_ids_T[start:end].tolist(), batch.loss_weights_T[start:end].tolist(), batch.advantages_T[start:end].tolist())
                 found[g, i] = list(rows)
         return found
 

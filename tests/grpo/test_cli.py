@@ -38,9 +38,6 @@ def config_file(tiny_config_of: Any, tmp_path: Path) -> Path:
     return path
 
 
-# ---- help and parsing
-
-
 def test_help_takes_less_than_a_second_and_imports_nothing_heavy() -> None:
     code = """
 import sys
@@ -79,9 +76,6 @@ def test_wrong_usage_exits_with_2(arguments: list[str], capsys: pytest.CaptureFi
         cli.parse_arguments(arguments)
     assert stop.value.code == 2
     assert "error:" in capsys.readouterr().err
-
-
-# ---- exit codes
 
 
 @pytest.mark.parametrize(
@@ -148,9 +142,6 @@ def test_package_that_shadows_ours_is_named(tmp_path: Path) -> None:
     assert f"but Python finds {tmp_path / 'rewards.py'}" in done.stderr
 
 
-# ---- config
-
-
 def test_config_show_prints_what_reads_back(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("config", "show", str(config_file), "train.steps=7") == 0
     assert yaml.safe_load(capsys.readouterr().out)["train"]["steps"] == 7
@@ -186,9 +177,6 @@ def test_config_check_names_a_prompt_longer_than_the_context(config_file: Path, 
     assert "prompts are longer than 2 tokens" in capsys.readouterr().out
 
 
-# ---- rewards check
-
-
 def test_gold_answers_are_scored_as_answers(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("rewards", "check", str(data)) == 0
     assert "2 of 2 golds accepted (100.00%)" in capsys.readouterr().out
@@ -210,9 +198,6 @@ def test_reward_of_the_users_is_called_on_sample_rows(data: Path, tmp_path: Path
     out = capsys.readouterr().out
     assert "5 </answer>" in out
     assert run("rewards", "check", str(data), "--reward", f"{tmp_path / 'mine.py'}:gone") == 2
-
-
-# ---- sample, doctor
 
 
 def test_sample_shows_completions(tiny_model: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -37,9 +37,6 @@ def make_prompts(count: int) -> list[Prompt]:
     return [Prompt(prompt_id=str(i), token_ids=(i,), question=f"q{i}", answer="0", text=f"q{i}") for i in range(count)]
 
 
-# ---- formats
-
-
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz", "rows.ndjson"])
 def test_json_lines_and_numbers_as_answers(tmp_path: Path, name: str) -> None:
     rows = load_rows(write_lines(tmp_path / name, ROWS))
@@ -116,9 +113,6 @@ def test_columns_by_name_and_dotted_path_and_limit(tmp_path: Path) -> None:
     assert row.meta == {"info": {"q": "x"}, "gold": True}
 
 
-# ---- bad input
-
-
 def test_missing_file_suggests_near_names(tmp_path: Path) -> None:
     write_lines(tmp_path / "gsm8k_train.jsonl", ROWS)
     with pytest.raises(FileNotFoundError, match=r"gsm8k_trian\.jsonl; near it: gsm8k_train\.jsonl"):
@@ -183,9 +177,6 @@ def test_records_are_read_lazily(tmp_path: Path) -> None:
     assert list(read_records(tmp_path / "a.jsonl", limit=1)) == [(f"{tmp_path / 'a.jsonl'}, row 1", {"a": 1})]
 
 
-# ---- prompts
-
-
 def test_long_prompts_are_dropped_and_counted(tmp_path: Path) -> None:
     rows = load_rows(write_lines(tmp_path / "rows.jsonl", [{"question": "x" * n, "answer": "1"} for n in (3, 9, 5)]))
     prompts, dropped = build_prompts(rows, LetterTokenizer(), PromptSection(template="none"), 5)  # type: ignore[arg-type]
@@ -198,9 +189,6 @@ def test_only_too_long_prompts_is_an_error(tmp_path: Path) -> None:
     rows = load_rows(write_lines(tmp_path / "rows.jsonl", ROWS))
     with pytest.raises(ValueError, match=r"all 2 prompts are longer than 3 tokens \(the shortest has 4\)"):
         build_prompts(rows, LetterTokenizer(), PromptSection(template="none"), 3)  # type: ignore[arg-type]
-
-
-# ---- stream
 
 
 def test_every_epoch_is_another_permutation_with_ids_of_its_own() -> None:

@@ -304,12 +304,8 @@ def test_replay_needs_records():
 
 def test_sparse_queries_counts_those_with_unselected_blocks():
     prompt = Prompt(prompt_id="p", token_ids=(1,) * 10, question="", answer="", text="")
-    completions = tuple(
-        Completion(token_ids=(2,) * n, logprobs=(-3.0,) * n, text="", finish_reason="stop", policy_version=0) for n in (2, 6)
-    )
-    scored = ScoredGroup(
-        group=Group(prompt=prompt, completions=completions), scores=(Score(value=0.0, parts={}),) * 2, advantages=(-0.5, 0.5)
-    )
+    completions = tuple(Completion(token_ids=(2,) * n, logprobs=(-3.0,) * n, text="", finish_reason="stop", policy_version=0) for n in (2, 6))
+    scored = ScoredGroup(group=Group(prompt=prompt, completions=completions), scores=(Score(value=0.0, parts={}),) * 2, advantages=(-0.5, 0.5))
     metrics = Learner(make_config(algorithm={"mismatch_bound": None}), model=tiny_model()).step([scored]).metrics
     # blocks of 4, n = 3: queries from position 12 on see a fourth block; queries are 9, 10 and 9 … 14
     assert metrics["selection/sparse_queries"] == pytest.approx(3 / 8)

@@ -140,9 +140,6 @@ def test_git_state_outside_a_checkout(tmp_path: Path) -> None:
     assert git_state(tmp_path) == {"commit": None, "dirty": None}
 
 
-# ---- wandb
-
-
 @pytest.fixture
 def no_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("WANDB_API_KEY", raising=False)

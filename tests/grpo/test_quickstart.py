@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from grpo import quickstart
 from grpo.config import PromptSection
 from grpo.prompts import R1_ZERO_TEMPLATE, render
-from grpo.quickstart_task import build_tokenizer, make_problem, make_problems, write_rows
+from grpo.quickstart_task import SHOWN_PAIRS, build_tokenizer, is_shown, make_problem, make_problems, write_rows
 
 TOKENIZER = build_tokenizer()
 SECTION = PromptSection()
@@ -44,8 +44,19 @@ def test_held_out_operands_never_occur_in_training() -> None:
 
     assert not (operands(True, 0) | operands(True, 1)) & (operands(False, 0) | operands(False, 1))
     assert make_problems(5, seed=3, num_digits=3, held_out=False) == make_problems(5, seed=3, num_digits=3, held_out=False)
-    with pytest.raises(ValueError, match="half of all pairs"):
-        make_problems(10**6, seed=0, num_digits=2, held_out=True)
+    with pytest.raises(ValueError, match="too few different sums of 18 numbers"):
+        make_problems(400, seed=0, num_digits=2, held_out=True)
+
+
+def test_warm_up_shows_only_part_of_the_pairs_of_digits() -> None:
+    def pairs(shown_only: bool) -> set[tuple[int, ...]]:
+        problems = make_problems(1000, seed=0, num_digits=2, held_out=False, shown_only=shown_only)
+        columns = [column.split("=")[0].split("+")[:2] for problem in problems for column in problem.solution.split(", ")]
+        return {tuple(sorted(map(int, column))) for column in columns}
+
+    assert len(pairs(False)) == 55
+    assert pairs(True) == {pair for pair in pairs(False) if is_shown(*pair)}
+    assert len(pairs(True)) == SHOWN_PAIRS
 
 
 @settings(max_examples=100, deadline=None)

@@ -48,7 +48,8 @@ def _model(seed: int = 0, **changes: Any) -> NSAForCausalLM:
 
 
 def _engine(model: NSAForCausalLM | None = None, **changes: Any) -> TorchEngine:
-    return TorchEngine(model or _model(), TOKENIZER, **{"max_sequences": 16, "version": 3, **changes})
+    settings: dict[str, Any] = {"max_sequences": 16, "version": 3, **changes}
+    return TorchEngine(model or _model(), TOKENIZER, **settings)
 
 
 def _prompt(number: int, length: int) -> Prompt:
@@ -180,24 +181,50 @@ def test_buckets_cover_every_size():
     assert all(n <= bucket(n) <= 1.5 * n + 1 for n in range(1, 500))
 
 
-@pytest.mark.parametrize("stop", [("a>",), ("</answer>", "</ans"), ("é",), (" ",), ("b", "er>"), ("xa", "zzz")])
-def test_stop_strings_end_at_the_first_token_that_completes_one(stop: tuple[str, ...]):
-    stops = StopStrings(stop, TokenPieces(TOKENIZER, VOCABULARY))
-    candidates = stops.candidate_ids(VOCABULARY).tolist()
+def _byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte, so that characters outside ASCII span tokens."""
+    tokenizer = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[]))
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+@pytest.mark.parametrize("tokenizer", [TOKENIZER, _byte_tokenizer()])
+@pytest.mark.parametrize("stop", [("a>",), ("</answer>", "</ans"), ("é",), (" ",), ("b", "er>"), ("xa", "zzz"), ("aé", "é.")])
+def test_stop_strings_end_at_the_first_token_that_completes_one(tokenizer: PreTrainedTokenizerFast, stop: tuple[str, ...]):
+    pieces = TokenPieces(tokenizer, len(tokenizer) + 3)
+    assert len(pieces.texts) == len(tokenizer) + 3
+    stops = StopStrings(stop, pieces)
+    candidates = stops.candidate_ids(len(pieces.texts)).tolist()
     generator = torch.Generator().manual_seed(0)
-    likely = torch.ones(VOCABULARY)
-    likely[[i for i, piece in enumerate(stops._pieces.texts if stops._pieces else ()) if any(piece and piece in s for s in stop)]] = 12
+    # Mostly random tokens, with the stop's own characters often in a row.
+    own = [
+        [i for i, piece in enumerate(pieces.texts) if piece and (piece in text or (not char.isascii() and piece == "\ufffd"))]
+        for text in stop
+        for char in text
+    ]
     found = 0
     for _ in range(150):
-        token_ids = torch.multinomial(likely, 40, replacement=True, generator=generator).tolist()
-        texts = [TOKENIZER.decode(token_ids[: n + 1], skip_special_tokens=True) for n in range(40)]
+        token_ids: list[int] = []
+        while len(token_ids) < 40:
+            token_ids += torch.randint(0, len(tokenizer), (2,), generator=generator).tolist()
+            for options in own if torch.rand(1, generator=generator) < 0.5 else []:
+                token_ids.append(options[int(torch.randint(0, len(options), (1,), generator=generator))])
+        texts = [tokenizer.decode(token_ids[: n + 1], skip_special_tokens=True) for n in range(len(token_ids))]
         expected = next((n + 1 for n, text in enumerate(texts) if any(s in text for s in stop)), None)
         assert stops.first_end(token_ids, 0) == expected
         if expected:
             found += 1
             assert candidates[token_ids[expected - 1]]
             assert stops.first_end(token_ids, expected - 1) == expected
-    assert found > 5
+    if tokenizer is TOKENIZER:
+        assert found > 5
+
+
+def test_a_stop_string_whose_last_character_spans_tokens_is_found():
+    tokenizer = _byte_tokenizer()
+    token_ids: list[int] = [int(tokenizer.convert_tokens_to_ids(char)) for char in "abÃ©c"]  # type: ignore[arg-type]
+    assert tokenizer.decode(token_ids) == "abéc"
+    assert StopStrings(("bé",), TokenPieces(tokenizer, 256)).first_end(token_ids, 0) == 4
 
 
 def test_completions_end_at_stop_strings_eos_and_length():
@@ -210,7 +237,7 @@ def test_completions_end_at_stop_strings_eos_and_length():
     stopped = _by_prompt(list(_engine(model).generate(prompts, replace(free, stop=stop))))
     for name, completions in plain.items():
         for before, after in zip(completions, stopped[name], strict=True):
-            texts = [TOKENIZER.decode(before.token_ids[: n + 1], skip_special_tokens=True) for n in range(len(before.token_ids))]
+            texts = [TOKENIZER.decode(list(before.token_ids[: n + 1]), skip_special_tokens=True) for n in range(len(before.token_ids))]
             end = next((n + 1 for n, text in enumerate(texts) if any(s in text for s in stop)), len(texts))
             assert after.token_ids == before.token_ids[:end]
             assert after.text == texts[end - 1]

@@ -105,7 +105,7 @@ def test_the_two_signs_of_a_run_that_cannot_learn_are_said_once(tiny_config_of, 
 
 @pytest.mark.parametrize(
     ("body", "counter"),
-    [("raise KeyError('column')", "rewards/failures"), ("while True:\n        pass", "rewards/timeouts"), ("return float('nan')", "rewards/failures")],
+    [("raise KeyError('column')", "rewards/failures"), ("while True: pass", "rewards/timeouts"), ("return float('nan')", "rewards/failures")],
 )
 def test_a_reward_that_raises_hangs_or_returns_nan_costs_its_samples_and_is_said(tiny_config_of, tmp_path, capsys, body, counter):
     (tmp_path / "bad.py").write_text(f"def bad(prompt, completion, answer, **meta):\n    if len(completion) % 2:\n        {body}\n    return 1.0\n")

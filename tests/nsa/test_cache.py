@@ -25,19 +25,20 @@ def cache_config(inputs: AttentionInputs, **changes) -> NSAConfig:
 
 @dataclass
 class Player:
-    """Feeds sequences of `inputs` into a one-layer cache, some tokens at a time. Fresh pages hold NaN."""
+    """Feeds sequences of `inputs` into a one-layer cache, some tokens at a time. Fresh pages hold `garbage`."""
 
     inputs: AttentionInputs
     num_pages: int = 40
     dynamic: bool = True
+    garbage: float = 1000.0
     cache: NSACache = field(init=False)
     ids: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
         self.inputs = self.inputs.to(requires_grad=False)
         self.cache = NSACache(cache_config(self.inputs), num_pages=self.num_pages, dtype=self.inputs.q.dtype)
-        self.layer.raw.fill_(torch.nan)
-        self.layer.cmp.fill_(torch.nan)
+        self.layer.raw.fill_(self.garbage)
+        self.layer.cmp.fill_(self.garbage)
         self.ids = [self.cache.add_sequence() for _ in self.inputs.cu_seqlens[1:]]
 
     @property
@@ -226,7 +227,7 @@ def test_a_forked_sequence_goes_its_own_way(prefix):
     player.write([0], [prefix])
     free = player.cache.num_free_pages
     player.cache.release(player.ids[1])
-    player.ids[1] = player.cache.fork(player.ids[0])
+    player.ids[1] = player.cache.fork(player.ids[0])[0]
     assert free - player.cache.num_free_pages == (1 if prefix % 64 else 0)
     found = {}
     for _ in range(40):
@@ -253,6 +254,16 @@ def test_released_pages_are_used_again_without_a_trace():
         out, chosen = player.decode([1], rows)
         found[int(rows[0])] = (out[0], chosen[0])
     assert_rows_agree(inputs, found)
+
+
+def test_nan_left_in_pages_by_others_stays_there():
+    inputs = make_inputs(tiny_config().sparsity, lengths=[100, 12])
+    player = Player(inputs, garbage=torch.nan)
+    player.write([0, 1], [97, 9])
+    rows = player.write([0, 1], [3, 3])
+    out, chosen = player.decode([0, 1], rows, num_new=3)
+    assert out.isfinite().all()
+    assert_rows_agree(inputs, {int(row): (out[i], chosen[i]) for i, row in enumerate(rows)})
 
 
 def test_without_free_pages_nothing_is_reserved():

@@ -220,6 +220,56 @@ def test_command_line_pairs() -> None:
         parse_overrides(["window_size=6.5"])
 
 
+def write_gguf(path: Path) -> None:
+    """A tiny Llama as llama.cpp would write it, with a byte-level tokenizer."""
+    gguf = pytest.importorskip("gguf")
+    pytest.importorskip("accelerate")
+    generator = torch.Generator().manual_seed(0)
+    tokens = ["<unk>", "<s>", "</s>", *"abcdefghijklmnopqrstuvwxyz0123456789+=-*/.,Ġ"]
+    hidden, inner, heads, kv_heads, dim = 32, 48, 4, 2, 8
+    writer = gguf.GGUFWriter(path, "llama")
+    for name, value in {
+        "block_count": 1, "context_length": 512, "embedding_length": hidden, "feed_forward_length": inner, "head_count": heads,
+        "head_count_kv": kv_heads, "layer_norm_rms_eps": 1e-5, "rope_dimension_count": dim, "rope_freq_base": 1e4, "vocab_size": len(tokens),
+        "tokenizer_model": "gpt2", "tokenizer_pre": "smollm", "token_list": tokens, "token_types": [3, 3, 3] + [1] * (len(tokens) - 3),
+        "token_merges": ["1 2", "a b"], "bos_token_id": 1, "eos_token_id": 2, "unk_token_id": 0, "add_bos_token": False,
+        "chat_template": "{{ messages[0]['content'] }}",
+    }.items():  # fmt: skip
+        getattr(writer, f"add_{name}")(value)
+    shapes = {
+        "token_embd": (len(tokens), hidden), "output_norm": (hidden,), "blk.0.attn_norm": (hidden,), "blk.0.ffn_norm": (hidden,),
+        "blk.0.attn_q": (heads * dim, hidden), "blk.0.attn_k": (kv_heads * dim, hidden), "blk.0.attn_v": (kv_heads * dim, hidden),
+        "blk.0.attn_output": (hidden, heads * dim), "blk.0.ffn_gate": (inner, hidden), "blk.0.ffn_up": (inner, hidden),
+        "blk.0.ffn_down": (hidden, inner),
+    }  # fmt: skip
+    for name, shape in shapes.items():
+        weight = torch.randn(shape, generator=generator) * 0.3
+        data = weight.add(1 if len(shape) == 1 else 0).numpy()
+        if len(shape) == 2 and shape[1] % 32 == 0:
+            writer.add_tensor(f"{name}.weight", gguf.quants.quantize(data, gguf.GGMLQuantizationType.Q4_1), raw_dtype=gguf.GGMLQuantizationType.Q4_1)
+        else:
+            writer.add_tensor(f"{name}.weight", data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_quantised_gguf_file_converts_with_its_tokenizer(tmp_path: Path) -> None:
+    (tmp_path / "dense").mkdir()
+    write_gguf(tmp_path / "dense" / "model.Q4_1.gguf")
+    report = convert(tmp_path / "dense" / "model.Q4_1.gguf", tmp_path / "nsa", **SMALL)
+    assert report.dtype == "float32"
+    assert report.has_tokenizer
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "nsa")
+    assert tokenizer.decode(tokenizer("a 12+ab=c").input_ids) == "a 12+ab=c"
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "hi"
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "nsa")
+    assert model.config.tie_word_embeddings
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id == 2
+    assert convert(tmp_path / "dense", tmp_path / "again", **SMALL).num_parameters == report.num_parameters
+
+
 def unsupported() -> dict[str, tuple[PreTrainedConfig, str]]:
     return {
         "moe": (CONFIG_MAPPING["qwen2_moe"](), "model type 'qwen2_moe'"),

@@ -186,7 +186,7 @@ def test_forks_of_a_cached_prompt_equal_whole_sequences(prefix):
     run.feed([prefix, 0, 0])
     for i in (1, 2):
         run.cache.release(run.ids[i])
-        run.ids[i] = run.cache.fork(run.ids[0])
+        run.ids[i] = run.cache.fork(run.ids[0])[0]
         run.logits[i] = run.logits[0]
     for _ in range(30):
         run.feed([1, 1, 1])

@@ -240,13 +240,13 @@ def test_repeated_hangs_leak_neither_processes_nor_descriptors(path: str) -> Non
     with WorkerPool([FunctionSpec(name=f"{path}:own")], deadline_s=0.1) as pool:
         result(pool.submit(samples("ok")))
         before = len(os.listdir("/proc/self/fd"))
-        for _ in range(5):
+        for _ in range(3):
             result(pool.submit(samples("hang", "crash", "ok")))
         assert len(pool.process_ids()) <= 3
         assert len(os.listdir("/proc/self/fd")) <= before + 4
 
 
 def test_rewards_does_not_import_torch() -> None:
-    code = "import sys, rewards.pool, rewards.registry, rewards.math_equal, rewards.correctness; sys.exit('torch' in sys.modules or 'sympy' in sys.modules)"
+    code = "import sys, rewards.pool, rewards.registry, rewards.correctness; sys.exit(bool({'torch', 'sympy'} & set(sys.modules)))"
     root = str(Path(__file__).resolve().parents[2])
     assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
