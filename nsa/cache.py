@@ -198,8 +198,8 @@ class NSACache:
         if unfinished and children:
             copies = torch.tensor([self._pages[child][-1] for child in children], device=self.layers[0].raw.device)
             for layer in self.layers:
-                layer.raw[copies] = layer.raw[pages[shared]]
-                layer.cmp[copies] = layer.cmp[pages[shared]]
+                layer.raw[copies] = layer.raw[pages[shared]].clone()
+                layer.cmp[copies] = layer.cmp[pages[shared]].clone()
         return children
 
     def release(self, sequence: int) -> None:

@@ -17,7 +17,7 @@ from fractions import Fraction
 
 from rewards import extract
 from rewards.exact import children, exact, is_scalar, rough_value, scalars_equal, symbols
-from rewards.reading import normal_text, parse_span
+from rewards.reading import parse_span
 from rewards.realset import infinite, real_set, sets_equal
 from rewards.tree import (
     MAX_TEXT,
@@ -78,8 +78,7 @@ def cluster(answers: Sequence[str | None]) -> list[int]:
         if span is None or len(span) > MAX_TEXT:
             classes.append(-1)
             continue
-        text = normal_text(span) if span[:1].isdigit() else span  # A and a are two answers
-        number = by_text.get(text)
+        number = by_text.get(span)
         if number is None:
             value = _rough_value(span)
             near = (index for index, (other, rough) in enumerate(representatives) if _near(value, rough) and _spans_equal(other, span))
@@ -87,7 +86,7 @@ def cluster(answers: Sequence[str | None]) -> list[int]:
             if number is None:
                 number = len(representatives)
                 representatives.append((span, value))
-            by_text[text] = number
+            by_text[span] = number
         classes.append(number)
     return classes
 

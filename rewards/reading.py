@@ -78,13 +78,13 @@ def _parse_maths(span: str, thousands: bool) -> Node | None:
 
 
 def _as_text(span: str) -> Text | None:
-    words = normal_text(span)
+    words = _normal_text(span)
     if not re.search(r"[a-z]", words) or "\\" in words or len(words) > 200:
         return None
     return Text(words)
 
 
-def normal_text(span: str) -> str:
+def _normal_text(span: str) -> str:
     text = re.sub(r"\\(?:text|textbf|mathrm|mbox|textit|mathbf|operatorname)\s*\{([^{}]*)\}", r"\1", span.replace("$", ""))
     text = re.sub(r"\\(?:left|right|[,;!: ])", " ", text)
     return " ".join(text.split()).strip(" .,;:!\"'*").lower()

@@ -328,14 +328,30 @@ def test_repeated_steps_raise_the_rewarded_completion():
     assert margin() > start + 1
 
 
-def test_bfloat16_compute_keeps_fp32_weights_ratio_one_and_kl_zero():
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_half_precision_compute_keeps_fp32_weights_ratio_one_and_kl_zero(dtype, device):
     model = tiny_model()
-    config = make_config(model={"dtype": "bfloat16"}, algorithm={"kl_coefficient": 0.1, "inner_epochs": 2, "mismatch_bound": None})
+    groups = make_groups(model)
+    config = make_config(model={"dtype": dtype, "device": device}, algorithm={"kl_coefficient": 0.1, "inner_epochs": 2, "mismatch_bound": None})
     learner = Learner(config, model=model)
-    metrics = learner.step(make_groups(model)).metrics
+    metrics = learner.step(groups).metrics
     assert metrics["check/first_ratio_deviation"] == metrics["check/first_kl_difference"] == 0
     assert 0 < metrics["mismatch/mean"] < 0.2
+    assert metrics.get("fp16/skipped", 0.0) == 0
+    assert metrics["grad_norm/phi"] > 0
     assert all(tensor.dtype == torch.float32 for _, tensor in learner.weights())
+
+
+def test_an_fp16_overflow_skips_the_update_and_lowers_the_loss_scale():
+    model = tiny_model()
+    before = snapshot(model)
+    groups = [replace(scored, advantages=tuple(a * 1e6 for a in scored.advantages)) for scored in make_groups(model)]
+    learner = Learner(make_config(model={"dtype": "float16"}, algorithm={"mismatch_bound": None}), model=model)
+    metrics = learner.step(groups).metrics
+    assert metrics["fp16/skipped"] == 1
+    assert metrics["fp16/loss_scale"] == 2**15
+    assert all(torch.equal(before[name], tensor) for name, tensor in learner.weights())
 
 
 def test_gradient_checkpointing_gives_the_same_step():

@@ -111,3 +111,15 @@ def test_wrong_shapes_and_values_are_refused():
         token_logprobs(hidden, weight, targets, temperature=0)
     with pytest.raises(ValueError, match="chunk"):
         token_logprobs(hidden, weight, targets, chunk=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_products_on_a_gpu_are_rounded_once_to_fp32(dtype):
+    hidden, weight, targets = (tensor.detach().cuda() for tensor in inputs(T=64, E=32, V=50, dtype=torch.float32))
+    hidden, weight = hidden.to(dtype).float(), weight.to(dtype).float().requires_grad_()  # so that only the product can round
+    exact = naive(hidden.double(), weight.double(), targets, 1.0)[0]
+    exact_grad = torch.autograd.grad(exact.sum(), weight)[0]
+    logprobs, _ = token_logprobs(hidden, weight, targets, compute_dtype=dtype, chunk=16)
+    assert (logprobs - exact).abs().max() < 1e-4
+    assert (torch.autograd.grad(logprobs.sum(), weight)[0] - exact_grad).norm() < 0.01 * exact_grad.norm()

@@ -274,7 +274,7 @@ def test_without_free_pages_nothing_is_reserved():
         cache.reserve([first, second], [64, 10])
     assert (cache.length(first), cache.length(second), cache.num_free_pages) == (65, 0, 1)
     cache.reserve([second], 10)
-    with pytest.raises(MemoryError, match="no free page"):
+    with pytest.raises(MemoryError, match="0 free pages"):
         cache.fork(first)
     assert cache.num_sequences == 2
     cache.release(second)

@@ -225,7 +225,7 @@ def write_gguf(path: Path) -> None:
     gguf = pytest.importorskip("gguf")
     pytest.importorskip("accelerate")
     generator = torch.Generator().manual_seed(0)
-    tokens = ["<unk>", "<s>", "</s>", *"abcdefghijklmnopqrstuvwxyz0123456789+=-*/.,Ġ"]
+    tokens = ["<unk>", "<s>", "</s>", *"abcdefghijklmnopqrstuvwxyz0123456789+=-*/.,Ġ", "12", "ab"]
     hidden, inner, heads, kv_heads, dim = 32, 48, 4, 2, 8
     writer = gguf.GGUFWriter(path, "llama")
     for name, value in {

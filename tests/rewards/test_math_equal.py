@@ -313,7 +313,7 @@ def test_threads_do_not_share_precision() -> None:
 def notations(value: Fraction) -> list[str]:
     """Ways to write a rational number."""
     n, d = value.numerator, value.denominator
-    written = [f"{n}/{d}", f"({n})/({d})", rf"{n} \div {d}", f"{n} / {d} meters", f"x = {n}/{d}", rf"\frac{{{n}}}{{{d}}}", rf"${n}/{d}$"]
+    written = [f"{n}/{d}", f"({n})/({d})", rf"{n} \div {d}", f"{n} / {d} dollars", f"x = {n}/{d}", rf"\frac{{{n}}}{{{d}}}", rf"${n}/{d}$"]
     written += [rf"\boxed{{\dfrac{{{n}}}{{{d}}}}}", f"<answer> {3 * n}/{3 * d} </answer>"]
     if d == 1:
         written += [str(n), f"{n}.0", f"{n:,}", f"{n:,}".replace(",", r"{,}"), f"{n:,}".replace(",", r",\!"), rf"\${n}" if n >= 0 else f"{n} dollars"]
@@ -390,7 +390,7 @@ def test_none_and_blank_never_vote() -> None:
 
 
 def test_choices_are_told_apart_by_case_only_as_letters() -> None:
-    assert cluster(["A", "a", "(A)", "Even", "even"]) == [0, 1, 0, 2, 2]
+    assert cluster(["A", "a", "(A)", "Even", "even", "2B", "2b"]) == [0, 1, 0, 2, 2, 3, 4]
 
 
 def test_64_votes_of_many_problems_cluster_fast() -> None:
