@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo.config import RunConfig
-
+from grpo.errors import RunFailed
 
 FAILED_REWARDS = "failed_rewards"
 """Folder of a run for samples whose reward hung or killed its worker."""
@@ -102,7 +102,8 @@ class Host:
         return Reply(value=value, records=self._records.take())
 
     def _failure(self, error: Exception) -> Reply:
-        summary = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        name = "" if isinstance(error, RunFailed) else type(error).__name__  # a RunFailed says in words what it is
+        summary = ": ".join(part for part in (name, str(error)) if part)
         return Reply(failure=Failure(summary=" ".join(summary.split()), trace=traceback.format_exc().rstrip()), records=self._records.take())
 
     def _stream(self, start: Callable[[], Iterable[Any]]) -> Iterator[Reply]:

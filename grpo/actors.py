@@ -35,6 +35,7 @@ from grpo.actor_host import FAILED_REWARDS, Host, Identity, Reply
 from grpo.config import RunConfig
 from grpo.data_types import Group, Prompt, Score, ScoredGroup, StepStats
 from grpo.errors import ActorFailed, RunFailed
+from grpo.placement import cluster_address, gpu_shares, knock
 from grpo.rollout.engine import Sampling
 
 if TYPE_CHECKING:
@@ -358,30 +359,6 @@ class RayRuntime:
                 shutil.rmtree(self._home, ignore_errors=True)
 
 
-def gpu_shares(config: RunConfig) -> tuple[float, float]:
-    """GPUs of the rollout and of the learner actor.
-
-    Raises:
-        ValueError: CUDA is asked for where there is none, or with a share of 0.
-    """
-    from grpo.learner import resolve_device
-
-    device = config.model.device if _cluster_address(config) else resolve_device(config.model.device).type
-    default = 0.5 if device.startswith("cuda") else 0.0
-    shares = []
-    for name, given in (("rollout_gpus", config.runtime.rollout_gpus), ("learner_gpus", config.runtime.learner_gpus)):
-        if given == 0 and device.startswith("cuda"):
-            raise ValueError(f"runtime.{name} is 0 but model.device is {config.model.device}: give it a share, or set model.device to cpu")
-        shares.append(default if given is None else given)
-    return shares[0], shares[1]
-
-
-def _cluster_address(config: RunConfig) -> str | None:
-    """The cluster to join; None for an instance of our own (`local` asks for that where RAY_ADDRESS is set)."""
-    address = config.runtime.address or os.environ.get("RAY_ADDRESS")
-    return None if address == "local" else address
-
-
 def _connect(config: RunConfig, num_gpus: float) -> Path | None:
     """Join the cluster, or start an instance of our own and return its folder."""
     if ray.is_initialized():
@@ -389,11 +366,12 @@ def _connect(config: RunConfig, num_gpus: float) -> Path | None:
     # A dead worker's message comes from us, with its cause; Ray would print its own text before it.
     ray._private.worker._worker_logs_enabled = False  # type: ignore[attr-defined]
     options: dict[str, Any] = {"namespace": f"nsa-grpo-{os.getpid()}-{time.time_ns()}", "log_to_driver": False, "logging_level": "error"}
-    address = _cluster_address(config)
+    address = cluster_address(config)
     if address is not None:
         try:
+            knock(address)
             ray.init(address=address, **options)
-        except (ConnectionError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             raise RunFailed(f"no Ray cluster answers at {address} (runtime.address or RAY_ADDRESS): {' '.join(str(error).split())[:300]}") from error
         return None
     parent = tempfile.gettempdir()

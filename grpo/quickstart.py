@@ -32,7 +32,7 @@ from nsa.config import NSAConfig
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 NUM_DIGITS = 2
-NUM_TRAIN, NUM_SFT, NUM_HELD_OUT = 4096, 1024, 128
+NUM_TRAIN, NUM_SFT, NUM_HELD_OUT = 4096, 4096, 128
 MODEL = {
     "hidden_size": 128,
     "intermediate_size": 256,
@@ -147,7 +147,7 @@ def make_base(out: Path, *, seed: int, twin: str = "none") -> int:
     model.save_pretrained(out / "base")
     tokenizer.save_pretrained(out / "base")
     train = {"num_digits": NUM_DIGITS, "held_out": False}
-    write_rows(out / "data" / "sft.jsonl", make_problems(NUM_SFT, seed=fold(seed, "sft"), shown_only=True, **train), completions=True)
+    write_rows(out / "data" / "sft.jsonl", make_problems(NUM_SFT, seed=fold(seed, "sft"), guesses=True, **train), completions=True)
     write_rows(out / "data" / "train.jsonl", make_problems(NUM_TRAIN, seed=fold(seed, "grpo"), **train))
     held_out = make_problems(NUM_HELD_OUT, seed=0, num_digits=NUM_DIGITS, held_out=True)  # the same for every seed
     write_rows(out / "data" / "held_out.jsonl", held_out)

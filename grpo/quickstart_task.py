@@ -6,8 +6,10 @@ from the prompt, adds them with the carry, and the answer collects the columns' 
     <think> 7+8+0=15, 4+5+1=10, 3+2+1=06 </think> <answer> 605 </answer>
 
 A wording after the sum keeps the digits more than layers·(w − 1) tokens away from their use, so that a window alone
-cannot see them. Held-out problems use numbers that no training problem has. The warm-up shows only part of the pairs of
-digits (`is_shown`): the other sums the model can only find out from rewards. Leaves out the model and the training
+cannot see them. Held-out problems use numbers that no training problem has. The warm-up's teacher knows the form, but of
+the 55 pairs of digits only some (`is_known`); at the others it guesses, each value near the sum as often as the sum itself.
+So the form is learnt, those sums are not, and only rewards can teach them. (A teacher that left those pairs out made a
+model that was sure of wrong sums: no variance within groups, nothing learnt.) Leaves out the model and the training
 (grpo.quickstart); nothing is downloaded.
 """
 
@@ -30,7 +32,7 @@ QUESTION = "What is {a} + {b}, worked out column by column from the right, with 
 # A word, symbol or tag takes the space before it, and the one after it if a digit follows; each digit stands alone.
 _PIECES = r" ?</?(?:think|answer)>(?: (?=[0-9]))?| ?[A-Za-z]+(?: (?=[0-9]))?| ?[^\sA-Za-z0-9<]+(?: (?=[0-9]))?|[0-9]|\s+|<"
 HELD_OUT_SHARE = 0.2
-SHOWN_PAIRS = 33
+KNOWN_PAIRS = 22
 _PAIRS = [(x, y) for x in range(10) for y in range(x, 10)]
 _RANK = {pair: rank for rank, pair in enumerate(random.Random(20250122).sample(_PAIRS, len(_PAIRS)))}  # noqa: S311 (a fixed choice)
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
@@ -50,8 +52,12 @@ class Problem:
         return f" <think> {self.solution} </think> <answer> {self.answer} </answer>"
 
 
-def make_problem(a: int, b: int, num_digits: int) -> Problem:
+def make_problem(a: int, b: int, num_digits: int, *, guess: random.Random | None = None) -> Problem:
     """The sum a + b with its column-by-column solution.
+
+    Args:
+        guess: what the teacher's guesses at the pairs it does not know are drawn from; the answer then follows from
+            the guesses and may be wrong. None: everything is right.
 
     Raises:
         ValueError: a number that does not have `num_digits` digits at most.
@@ -60,31 +66,30 @@ def make_problem(a: int, b: int, num_digits: int) -> Problem:
         if not 0 <= number < 10**num_digits:
             raise ValueError(f"operands must have at most {num_digits} digits, got {number}")
     first, second = (str(number).zfill(num_digits) for number in (a, b))
-    columns, carry = [], 0
-    for x, y in zip(reversed(first), reversed(second)):
-        total = int(x) + int(y) + carry
+    columns, carry, answer = [], 0, 0
+    for place, (x, y) in enumerate(zip(map(int, reversed(first)), map(int, reversed(second)))):
+        total = x + y + carry
+        if guess is not None and not is_known(x, y):
+            total = guess.choice([near for near in (total - 1, total, total + 1, total + 2) if 0 <= near <= 19])
         columns.append(f"{x}+{y}+{carry}={total:02d}")
+        answer += (total if place == num_digits - 1 else total % 10) * 10**place
         carry = total // 10
-    return Problem(question=QUESTION.format(a=first, b=second), answer=str(a + b), solution=", ".join(columns))
+    return Problem(question=QUESTION.format(a=first, b=second), answer=str(answer), solution=", ".join(columns))
 
 
-def is_shown(x: int, y: int) -> bool:
-    """Whether the warm-up shows sums of these two digits: SHOWN_PAIRS of the 55 unordered pairs, the same for every seed."""
-    return _RANK[min(x, y), max(x, y)] < SHOWN_PAIRS
+def is_known(x: int, y: int) -> bool:
+    """Whether the warm-up's teacher knows the sum of these two digits: KNOWN_PAIRS of 55, the same for every seed."""
+    return _RANK[min(x, y), max(x, y)] < KNOWN_PAIRS
 
 
-def _only_shown(a: int, b: int, num_digits: int) -> bool:
-    return all(is_shown(int(x), int(y)) for x, y in zip(str(a).zfill(num_digits), str(b).zfill(num_digits)))
-
-
-def make_problems(count: int, *, seed: int, num_digits: int, held_out: bool, shown_only: bool = False) -> list[Problem]:
+def make_problems(count: int, *, seed: int, num_digits: int, held_out: bool, guesses: bool = False) -> list[Problem]:
     """`count` different problems, the same for the same arguments.
 
     Of all numbers with `num_digits` digits, HELD_OUT_SHARE are kept for held-out problems alone, whatever `seed` is:
     neither operand of a held-out problem ever occurs in a training problem.
 
     Args:
-        shown_only: only problems whose columns all have pairs of digits that the warm-up shows.
+        guesses: solutions and answers are those of the warm-up's teacher, right or wrong.
 
     Raises:
         ValueError: there are not enough different problems.
@@ -96,11 +101,9 @@ def make_problems(count: int, *, seed: int, num_digits: int, held_out: bool, sho
     source = random.Random(f"{seed}/{held_out}")  # noqa: S311 (data, not a secret)
     pairs: dict[tuple[int, int], None] = {}
     for _ in range(100 * count):
-        a, b = source.choice(pool), source.choice(pool)
-        if not shown_only or _only_shown(a, b, num_digits):
-            pairs[a, b] = None
+        pairs[source.choice(pool), source.choice(pool)] = None
         if len(pairs) == count:
-            return [make_problem(a, b, num_digits) for a, b in pairs]
+            return [make_problem(a, b, num_digits, guess=source if guesses else None) for a, b in pairs]
     raise ValueError(f"there are too few different sums of {len(pool)} numbers for count={count}; found {len(pairs)}")
 
 

@@ -20,6 +20,7 @@ import torch
 from grpo.actor_host import FAILED_REWARDS
 from grpo.config import RunConfig
 from grpo.data_types import Group, Prompt, Score, ScoredGroup, StepStats
+from grpo.errors import RunFailed
 from grpo.rollout.engine import Engine, Sampling
 from grpo.scoring import Scorer
 from grpo.seeding import fold, seed_everything
@@ -179,7 +180,12 @@ class LearnerPart:
         return self._learner.policy_version
 
     def step(self, scored_groups: Sequence[ScoredGroup]) -> StepStats:
-        return self._learner.step(scored_groups)
+        from grpo.truths import LearnerError
+
+        try:
+            return self._learner.step(scored_groups)
+        except LearnerError as error:
+            raise RunFailed(str(error)) from error
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         return self._learner.weights()

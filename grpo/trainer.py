@@ -17,12 +17,9 @@ in: a run is a function of its configuration. Leaves out every formula, and wher
 from __future__ import annotations
 
 import json
-import logging
-import signal
-import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +38,7 @@ from grpo.problems import Problems, load_problems
 from grpo.prompt_settings import save_prompt_settings
 from grpo.rollout.engine import Sampling
 from grpo.rollout_metrics import num_rollout_tokens, rollout_metrics, sample_rows
+from grpo.run_scope import Timed, log_lines_to, sigterm_as_exit
 from grpo.runtime import Runtime, start_runtime
 from grpo.seeding import fold
 from grpo.weight_sync import WeightSyncError, sync
@@ -77,8 +75,8 @@ def train(config: RunConfig, *, resume_from: Path | None = None) -> Path:
         log = stack.enter_context(
             RunLogger(run_dir, config.log, name=config.name, total_steps=config.train.steps, config=config.model_dump(mode="json"), resume_step=step)
         )
-        stack.enter_context(_sigterm_as_exit())
-        stack.enter_context(_log_lines_to(log))
+        stack.enter_context(sigterm_as_exit())
+        stack.enter_context(log_lines_to(log))
         for fault in faults:
             log.message(f"warning: {fault}")
         runtime = start_runtime(config, run_dir)
@@ -140,7 +138,7 @@ class Trainer:
             self._finish()
         except OSError as error:
             raise RunFailed(f"step {self.step + 1}: {error.strerror or error} ({error.filename}); {self._what_is_safe()}") from error
-        except (RunFailed, KeyboardInterrupt):
+        except (RunFailed, KeyboardInterrupt, SystemExit):
             self._rescue()
             raise
 
@@ -215,7 +213,7 @@ class Trainer:
             record_selection=algorithm.selection == "replay" or number % AGREEMENT_EVERY == 1,
         )
         began = time.perf_counter()
-        groups = _Timed(self._runtime.engine.generate(prompts, sampling))
+        groups = Timed(self._runtime.engine.generate(prompts, sampling))
         scored: dict[str, ScoredGroup] = {}
         for group, scores in self._runtime.scorer.score(groups):
             self._check_version(group)
@@ -348,24 +346,6 @@ class Trainer:
         return f"the last complete checkpoint is {latest}" if latest else "there is no complete checkpoint"
 
 
-class _Timed:
-    """An iterator that sums up the seconds its source takes."""
-
-    def __init__(self, source: Iterable[Group]) -> None:
-        self._source = iter(source)
-        self.seconds = 0.0
-
-    def __iter__(self) -> Iterator[Group]:
-        return self
-
-    def __next__(self) -> Group:
-        began = time.perf_counter()
-        try:
-            return next(self._source)
-        finally:
-            self.seconds += time.perf_counter() - began
-
-
 def _newest(store: CheckpointStore) -> tuple[Path | None, list[str]]:
     """The checkpoint to resume from (None: the run starts over), and a line for each damaged one.
 
@@ -376,44 +356,3 @@ def _newest(store: CheckpointStore) -> tuple[Path | None, list[str]]:
     if faults and not good:
         raise CheckpointError(f"{store.folder} holds no complete checkpoint: {'; '.join(faults)}")
     return good[-1].path if good else None, faults
-
-
-class _LogLines(logging.Handler):
-    """Warnings of the packages' loggers (those of actors included), one line each above the progress display."""
-
-    def __init__(self, log: RunLogger) -> None:
-        super().__init__(logging.WARNING)
-        self._run_log = log
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._run_log.message(f"{record.levelname.lower()}: {record.getMessage()}")
-
-
-@contextmanager
-def _log_lines_to(log: RunLogger) -> Iterator[None]:
-    handler = _LogLines(log)
-    loggers = [logging.getLogger(name) for name in ("grpo", "nsa", "rewards")]
-    for one in loggers:
-        one.addHandler(handler)
-    try:
-        yield
-    finally:
-        for one in loggers:
-            one.removeHandler(handler)
-
-
-@contextmanager
-def _sigterm_as_exit() -> Iterator[None]:
-    """SIGTERM ends the run as Ctrl-C does, clearing up on the way (main thread only)."""
-
-    def leave(number: int, frame: object) -> None:
-        raise SystemExit(128 + number)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

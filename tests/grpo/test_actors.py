@@ -62,8 +62,6 @@ def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen, deadline_
         time.sleep(0.1)
 
 
-
-
 @pytest.fixture
 def runtime(tiny_config_of, tmp_path):
     os.environ.pop("RAY_ADDRESS", None)
@@ -73,7 +71,7 @@ def runtime(tiny_config_of, tmp_path):
 
 
 def test_faults_name_their_owner_and_nothing_is_left_behind(runtime, tiny_config_of, tmp_path):
-    """One start of Ray for all of it: faults as values, weights, a stall, another instance beside it, a dead actor."""
+    """One start of Ray for all of it: weights, faults as values, a stall, a whole run that joins it, a dead actor."""
     engine, learner = runtime.engine, runtime.learner
     rollout_pid, reward_pid, learner_pid = (handle.identity.pid for handle in (engine._handle, runtime.scorer._handle, learner._handle))
 
@@ -99,11 +97,14 @@ def test_faults_name_their_owner_and_nothing_is_left_behind(runtime, tiny_config
     assert "torch_engine.py" in caught.value.details
     engine._handle.deadline_s = 60
 
-    joined = start(tiny_config_of("runtime.kind=ray", "train.steps=1"), tmp_path, RAY_ADDRESS=ray.get_runtime_context().gcs_address)
+    joined = start(tiny_config_of("runtime.kind=ray", "train.steps=2"), tmp_path, RAY_ADDRESS=ray.get_runtime_context().gcs_address)
+    local = train(tiny_config_of("train.steps=2", f"log.run_dir={tmp_path}/local"))
     output, errors = joined.communicate(timeout=120)
     assert joined.returncode == 0, errors
-    assert "finished after 1 steps" in output
+    assert "finished after 2 steps" in output
     assert engine.health()["version"] == 0
+    for ours, theirs in zip(read_lines(local / "metrics.jsonl"), read_lines(tmp_path / "run" / "metrics.jsonl"), strict=True):
+        assert {name: ours[name] for name in SAME} == {name: theirs[name] for name in SAME}
 
     family = processes.family([rollout_pid, reward_pid, learner_pid, *runtime._roots])
     learner._handle.sample_memory()
@@ -115,6 +116,7 @@ def test_faults_name_their_owner_and_nothing_is_left_behind(runtime, tiny_config
     runtime.close()
     runtime.close()
     assert not [pid for pid, ticks in family.items() if processes.start_ticks(pid) == ticks]
+    assert not ray.is_initialized()
     assert home is not None
     assert not home.exists()
 
@@ -157,11 +159,3 @@ def test_start_up_faults_are_one_line(tiny_config_of, tmp_path):
         with pytest.raises(error, match=message) as caught:
             RayRuntime(tiny_config_of("runtime.kind=ray", *overrides), tmp_path)
         assert "\n" not in str(caught.value)
-
-
-def test_a_run_through_ray_equals_the_local_run(tiny_config_of, tmp_path):
-    local = train(tiny_config_of("train.steps=2", f"log.run_dir={tmp_path}/local"))
-    remote = train(tiny_config_of("train.steps=2", f"log.run_dir={tmp_path}/ray", "runtime.kind=ray"))
-    for ours, theirs in zip(read_lines(local / "metrics.jsonl"), read_lines(remote / "metrics.jsonl"), strict=True):
-        assert {name: ours[name] for name in SAME} == {name: theirs[name] for name in SAME}
-    assert not ray.is_initialized()

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from grpo import quickstart
 from grpo.config import PromptSection
 from grpo.prompts import R1_ZERO_TEMPLATE, render
-from grpo.quickstart_task import SHOWN_PAIRS, build_tokenizer, is_shown, make_problem, make_problems, write_rows
+from grpo.quickstart_task import KNOWN_PAIRS, build_tokenizer, is_known, make_problem, make_problems, write_rows
 
 TOKENIZER = build_tokenizer()
 SECTION = PromptSection()
@@ -48,15 +48,22 @@ def test_held_out_operands_never_occur_in_training() -> None:
         make_problems(400, seed=0, num_digits=2, held_out=True)
 
 
-def test_warm_up_shows_only_part_of_the_pairs_of_digits() -> None:
-    def pairs(shown_only: bool) -> set[tuple[int, ...]]:
-        problems = make_problems(1000, seed=0, num_digits=2, held_out=False, shown_only=shown_only)
-        columns = [column.split("=")[0].split("+")[:2] for problem in problems for column in problem.solution.split(", ")]
-        return {tuple(sorted(map(int, column))) for column in columns}
-
-    assert len(pairs(False)) == 55
-    assert pairs(True) == {pair for pair in pairs(False) if is_shown(*pair)}
-    assert len(pairs(True)) == SHOWN_PAIRS
+def test_warm_up_guesses_at_unknown_pairs_without_favouring_the_sum() -> None:
+    problems = make_problems(3000, seed=0, num_digits=2, held_out=False, guesses=True)
+    columns = [column for problem in problems for column in problem.solution.split(", ")]
+    errors: dict[bool, list[int]] = {True: [], False: []}
+    for column in columns:
+        terms, total = column.split("=")
+        x, y, carry = map(int, terms.split("+"))
+        errors[is_known(x, y)].append(int(total) - x - y - carry)
+    assert set(errors[True]) == {0}
+    shares = {error: errors[False].count(error) / len(errors[False]) for error in (-1, 0, 1, 2)}
+    assert sum(shares.values()) == 1.0
+    assert all(0.2 < share < 0.3 for share in shares.values())
+    assert sum(is_known(x, y) for x in range(10) for y in range(x, 10)) == KNOWN_PAIRS
+    for problem in problems[:50]:  # the answer follows from the columns, right or wrong
+        ones, tens = (column.split("=")[1] for column in problem.solution.split(", "))
+        assert problem.answer == str(int(tens) * 10 + int(ones) % 10)
 
 
 @settings(max_examples=100, deadline=None)

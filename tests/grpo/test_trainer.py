@@ -16,12 +16,19 @@ from grpo.rollout_metrics import rollout_metrics, sample_rows, short_names
 from grpo.runtime import LearnerPart, RolloutPart
 from grpo.trainer import train
 
+TRL_NAMES = [
+    "reward",
+    "reward_std",
+    "frac_reward_zero_std",
+    "rewards/even_digits/mean",
+    "rewards/even_digits/std",
+    "completions/mean_length",
 TRL_NAMES = (
-    "reward reward_std frac_reward_zero_std rewards/even_digits/mean rewards/even_digits/std completions/mean_length completions/min_length "
-    "completions/max_length completions/clipped_ratio completions/mean_terminated_length entropy clip_ratio/low_mean clip_ratio/high_mean "
-    "clip_ratio/region_mean sampling/importance_sampling_ratio/mean mismatch/mean mismatch/max num_tokens step_time tokens_per_second "
-    "time/rollout time/reward time/update time/sync"
-).split()
+    "reward", "reward_std", "frac_reward_zero_std", "rewards/even_digits/mean", "rewards/even_digits/std", "completions/mean_length",
+    "completions/min_length", "completions/max_length", "completions/clipped_ratio", "completions/mean_terminated_length", "entropy",
+    "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean", "sampling/importance_sampling_ratio/mean", "mismatch/mean",
+    "mismatch/max", "num_tokens", "step_time", "tokens_per_second", "time/rollout", "time/reward", "time/update", "time/sync",
+)  # fmt: skip
 
 
 def test_a_run_writes_metrics_samples_evaluations_and_a_loadable_checkpoint(tiny_config_of, tmp_path):
@@ -141,7 +148,7 @@ def test_a_full_disk_while_saving_or_logging_is_one_line_that_names_the_last_che
         log(self, step, metrics)
 
     monkeypatch.setattr(RunLogger, "log", full_log)
-    with pytest.raises(RunFailed, match="No space left on device.*step-000001"):
+    with pytest.raises(RunFailed, match=r"No space left on device.*step-000001"):
         train(tiny_config_of("train.save_every=1", f"log.run_dir={tmp_path}/second"))
 
 
@@ -149,6 +156,12 @@ def test_stale_weights_in_the_sampler_stop_the_run(tiny_config_of, monkeypatch):
     monkeypatch.setattr(RolloutPart, "load_weights", lambda self, version, named: setattr(self._engine, "_version", version))
     with pytest.raises(RunFailed, match="weight version 1 did not arrive"):
         train(tiny_config_of())
+
+
+def test_a_mismatch_above_the_bound_stops_the_run_before_an_update(tiny_config_of):
+    with pytest.raises(RunFailed, match="sampler and learner disagree") as caught:
+        train(tiny_config_of("algorithm.mismatch_bound=1e-12"))
+    assert "\n" not in str(caught.value)
 
 
 def test_a_lost_group_never_trains(tiny_config_of, monkeypatch):
