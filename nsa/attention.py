@@ -142,6 +142,8 @@ def nsa_attention(
         ValueError: shapes that do not fit together, an unknown or unavailable backend.
     """
     _check(q, kv, gates, phi, config)
+    if selection is not None and selection.shape != (q.shape[0], kv.slc[0].shape[1], config.num_selected_blocks):
+        raise ValueError(f"selection must be {(q.shape[0], kv.slc[0].shape[1], config.num_selected_blocks)}, got {tuple(selection.shape)}")
     name = resolve_backend(backend, q.device)
     if scale is None:
         scale = q.shape[-1] ** -0.5

@@ -56,6 +56,7 @@ def plan_write(
     return CacheWrite(raw_slots, cmp_slots, cmp_sources)
 
 
+@torch.no_grad()
 def write_layer(layer: LayerCache, key_sets: Sequence[torch.Tensor], value_sets: Sequence[torch.Tensor], write: CacheWrite, phi: Phi | None) -> None:
     """Write new tokens' K and V (`[T, Hkv, …]`, one per set, keys after RoPE) and the compressed tokens they complete."""
     heads, page_size = layer.num_kv_heads, layer.page_size

@@ -83,11 +83,20 @@ class RotaryEmbedding(nn.Module):
     def frequencies(self) -> tuple[torch.Tensor, float]:
         """Inverse frequencies `[Dk/2]` (fp32) and the factor on cos and sin."""
         if self.kind != "default":
-            inv_freq, scaling = ROPE_INIT_FUNCTIONS[self.kind](self.config, torch.device("cpu"))
+            with torch.device("cpu"):  # from_pretrained builds the model under the meta device, which holds no numbers
+                inv_freq, scaling = ROPE_INIT_FUNCTIONS[self.kind](self.config, torch.device("cpu"))
             return inv_freq.float(), float(scaling)
         assert self.config.head_dim
         exponent = torch.arange(0, self.config.head_dim, 2, dtype=torch.int64).float() / self.config.head_dim
         return 1.0 / self.config.rope_parameters["rope_theta"] ** exponent, 1.0
+
+    def _apply(self, fn: Any, recurse: bool = True) -> RotaryEmbedding:
+        """Move with the model, but stay fp32 whatever dtype it is cast to."""
+        kept = self.inv_freq
+        super()._apply(fn, recurse)
+        if not kept.is_meta:
+            self.inv_freq = kept.to(self.inv_freq.device)
+        return self
 
     def forward(self, positions_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos, sin `[T, 1, Dk]`, fp32."""
@@ -165,17 +174,18 @@ class BranchGates(nn.Module):
         super().__init__()
         self.form, self.num_heads = config.gate, config.num_attention_heads
         constants = config.fixed_gates if config.gate == "fixed" else (0.0, 1.0, 0.0)
-        self.constants = tuple(constants or ())
+        self.constants: tuple[float, ...] = tuple(constants or ())
 
     def forward(self, logits: torch.Tensor | None, mix: torch.Tensor | None, count: int, device: torch.device) -> torch.Tensor:
+        start = torch.zeros(3, device=device)
+        for index, constant in enumerate(self.constants):  # fills on the device: a copy from the host would break CUDA graphs
+            start[index] = constant
         if logits is None:
-            return torch.tensor(self.constants, device=device).expand(count, self.num_heads, 3)
+            return start.expand(count, self.num_heads, 3)
         learnt = torch.sigmoid(logits.to(torch.promote_types(logits.dtype, torch.float32))).unflatten(-1, (self.num_heads, 3))
         if mix is None:
             return learnt
-        start = torch.zeros(3, device=device, dtype=learnt.dtype)
-        start[1] = 1.0
-        mix = mix.to(learnt.dtype)
+        start, mix = start.to(learnt.dtype), mix.to(learnt.dtype)
         clamped = mix + (mix.clamp(0.0, 1.0) - mix).detach()
         return start + clamped * (learnt - start)
 

@@ -291,8 +291,10 @@ class NSAModel(NSAPreTrainedModel):
                 )
             ends = torch.cat([torch.zeros(1, dtype=torch.long), valid.sum(1).cpu().cumsum(0)])
         flat = source.to(device)[valid]
+        if past_key_values is not None and not isinstance(past_key_values, GenerationCache):
+            raise ValueError(f"past_key_values must come from an earlier call of this model, got {type(past_key_values).__name__}")
         use_cache = self.config.use_cache if use_cache is None else use_cache
-        if use_cache and not self.training and cu_seqlens is None:
+        if use_cache and not (self.training and torch.is_grad_enabled()) and cu_seqlens is None:
             if inputs_embeds is not None:
                 raise ValueError("the cache takes input_ids; pass use_cache=False with inputs_embeds")
             if past_key_values is None:

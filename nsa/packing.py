@@ -28,6 +28,8 @@ class PaddedGroup:
     key_rows: torch.Tensor
     key_valid: torch.Tensor
     offsets: torch.Tensor
+    whole: bool
+    """Every sequence's queries are all of its tokens."""
     uniform: bool
     """All sequences have exactly the padded lengths and lie one after the other: packed and padded are the same rows."""
 
@@ -108,6 +110,7 @@ def plan_packing(
                 key_rows=key_rows.to(device),
                 key_valid=key_valid.to(device),
                 offsets=(keys - lengths).to(device),
+                whole=bool((keys == lengths).all()),
                 uniform=uniform,
             )
         )

@@ -128,7 +128,7 @@ def _replayed(chosen: torch.Tensor, given: torch.Tensor | None) -> torch.Tensor:
 
 
 def _group_attention(
-    q: torch.Tensor, kv: dict[str, KeyValue], gates: torch.Tensor, given: torch.Tensor | None, offsets: torch.Tensor, phi: Phi | None,
+    q: torch.Tensor, kv: dict[str, KeyValue], gates: torch.Tensor, given: torch.Tensor | None, offsets: torch.Tensor, whole: bool, phi: Phi | None,
     config: SparsityConfig, scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """One padded group. q `[N, Q, Hq, Dk]`, k/v `[N, S, Hkv, …]`, gates `[N, Q, Hq, 3]`, given `[N, Q, Hkv, n]`.
@@ -143,7 +143,6 @@ def _group_attention(
         _compress(branch["cmp"][0], phi.k if phi else None, config),
         _compress(branch["cmp"][1], phi.v if phi else None, config),
     )
-    whole = queries == length
     weights = gates.unflatten(2, (heads, group)).permute(0, 2, 3, 1, 4).to(q.dtype)
     count = num_blocks(length, config)
     window = _window(q, *branch["win"], config.window_size, scale) if whole else None
@@ -187,6 +186,10 @@ def packed_attention(
         packing = plan_packing(ends, key_ends, device=q.device, num_heads=q.shape[1])
     if packing.num_queries != q.shape[0] or packing.num_keys != kv.slc[0].shape[0]:
         raise ValueError(f"cu_seqlens counts {packing.num_queries} queries and {packing.num_keys} keys, got {q.shape[0]} and {kv.slc[0].shape[0]}")
+    if not packing.groups:
+        empty = q.new_zeros(0, q.shape[1], kv.slc[1].shape[2])
+        none = torch.zeros(0, kv.slc[0].shape[1], config.num_selected_blocks, dtype=torch.int16, device=q.device)
+        return (empty, none) if return_selection else empty
     with torch.autocast(q.device.type, enabled=False):
         tensors: dict[int, list[torch.Tensor]] = {}
         for key, value in (kv.cmp, kv.slc, kv.win):
@@ -201,7 +204,7 @@ def packed_attention(
                 name: (tensors[id(pair[0])][index], tensors[id(pair[1])][index]) for name, pair in (("cmp", kv.cmp), ("slc", kv.slc), ("win", kv.win))
             }
             out, chosen = _group_attention(
-                queries[index], branch, gate_parts[index], None if given is None else given[index], group.offsets, phi, config, scale
+                queries[index], branch, gate_parts[index], None if given is None else given[index], group.offsets, group.whole, phi, config, scale
             )
             outs.append(out)
             selections.append(chosen)

@@ -16,13 +16,6 @@ from grpo.rollout_metrics import rollout_metrics, sample_rows, short_names
 from grpo.runtime import LearnerPart, RolloutPart
 from grpo.trainer import train
 
-TRL_NAMES = [
-    "reward",
-    "reward_std",
-    "frac_reward_zero_std",
-    "rewards/even_digits/mean",
-    "rewards/even_digits/std",
-    "completions/mean_length",
 TRL_NAMES = (
     "reward", "reward_std", "frac_reward_zero_std", "rewards/even_digits/mean", "rewards/even_digits/std", "completions/mean_length",
     "completions/min_length", "completions/max_length", "completions/clipped_ratio", "completions/mean_terminated_length", "entropy",
