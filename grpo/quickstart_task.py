@@ -7,7 +7,7 @@ from the prompt, adds them with the carry, and the answer collects the columns' 
 
 A wording after the sum keeps the digits more than layers·(w − 1) tokens away from their use, so that a window alone
 cannot see them. Held-out problems use numbers that no training problem has. The warm-up's teacher knows the form, but of
-the 55 pairs of digits only some (`is_known`); at the others it guesses, each value near the sum as often as the sum itself.
+the 55 pairs of digits only some (`is_known`); at the others it guesses, the next two numbers as often as the sum itself.
 So the form is learnt, those sums are not, and only rewards can teach them. (A teacher that left those pairs out made a
 model that was sure of wrong sums: no variance within groups, nothing learnt.) Leaves out the model and the training
 (grpo.quickstart); nothing is downloaded.
@@ -32,7 +32,8 @@ QUESTION = "What is {a} + {b}, worked out column by column from the right, with 
 # A word, symbol or tag takes the space before it, and the one after it if a digit follows; each digit stands alone.
 _PIECES = r" ?</?(?:think|answer)>(?: (?=[0-9]))?| ?[A-Za-z]+(?: (?=[0-9]))?| ?[^\sA-Za-z0-9<]+(?: (?=[0-9]))?|[0-9]|\s+|<"
 HELD_OUT_SHARE = 0.2
-KNOWN_PAIRS = 22
+KNOWN_PAIRS = 30
+GUESSES = (0, 1, 2)  # errors of a guess; the sum is not in their middle, so that a blur over them does not favour it
 _PAIRS = [(x, y) for x in range(10) for y in range(x, 10)]
 _RANK = {pair: rank for rank, pair in enumerate(random.Random(20250122).sample(_PAIRS, len(_PAIRS)))}  # noqa: S311 (a fixed choice)
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
@@ -70,7 +71,7 @@ def make_problem(a: int, b: int, num_digits: int, *, guess: random.Random | None
     for place, (x, y) in enumerate(zip(map(int, reversed(first)), map(int, reversed(second)))):
         total = x + y + carry
         if guess is not None and not is_known(x, y):
-            total = guess.choice([near for near in (total - 1, total, total + 1, total + 2) if 0 <= near <= 19])
+            total = guess.choice([total + error for error in GUESSES if total + error <= 19])
         columns.append(f"{x}+{y}+{carry}={total:02d}")
         answer += (total if place == num_digits - 1 else total % 10) * 10**place
         carry = total // 10

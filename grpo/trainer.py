@@ -17,6 +17,7 @@ in: a run is a function of its configuration. Leaves out every formula, and wher
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -138,7 +139,7 @@ class Trainer:
             self._finish()
         except OSError as error:
             raise RunFailed(f"step {self.step + 1}: {error.strerror or error} ({error.filename}); {self._what_is_safe()}") from error
-        except (RunFailed, KeyboardInterrupt, SystemExit):
+        except BaseException:
             self._rescue()
             raise
 
@@ -297,7 +298,7 @@ class Trainer:
         section = self.config.train
         metric = report.metrics[f"pass@{min(self.config.evaluation.k)}"].value if report else None
         if not self._problems.evaluation:
-            metric = reward
+            metric = reward if math.isfinite(reward) else None
         best = self._store.best_metric()
         improved = section.keep_best and report is not None and metric is not None and (best is None or metric > best)
         if last or improved or (section.save_every is not None and self.step % section.save_every == 0):
