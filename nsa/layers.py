@@ -179,7 +179,7 @@ class BranchGates(nn.Module):
     def forward(self, logits: torch.Tensor | None, mix: torch.Tensor | None, count: int, device: torch.device) -> torch.Tensor:
         start = torch.zeros(3, device=device)
         for index, constant in enumerate(self.constants):  # fills on the device: a copy from the host would break CUDA graphs
-            start[index] = constant
+            start[index].fill_(constant)
         if logits is None:
             return start.expand(count, self.num_heads, 3)
         learnt = torch.sigmoid(logits.to(torch.promote_types(logits.dtype, torch.float32))).unflatten(-1, (self.num_heads, 3))
