@@ -1,6 +1,8 @@
 """ScoredGroups → packed micro-batches whose loss weights come from counts over the whole optimizer step.
 
 A step's loss is the plain sum over its micro-batches, so its gradient does not depend on how sequences were packed.
+Samples of one group stay together where they fit: the learner computes their prompt once, and the token budget of a
+micro-batch counts it once.
 What is left out of the loss is left out of the counts: samples without a score, groups without reward variance
 (`drop_zero_variance`), truncated completions (`overlong_filter`), empty completions. Leaves out log-probabilities of
 the learner (it fills them in) and devices: everything here is on the CPU.
@@ -158,14 +160,27 @@ def token_weights(completion_lengths: Sequence[int], *, loss: LossKind, max_toke
     raise ValueError(f"loss must be 'grpo', 'token_mean', 'dr_grpo' or 'gspo', got {loss!r}")
 
 
+def _units(group_indices: Sequence[int], completion_lengths: Sequence[int], lengths: Sequence[int], budget: int) -> list[tuple[int, list[int]]]:
+    """(tokens, samples) of each group's samples, cut where they exceed `budget`. A unit computes its prompt once."""
+    units: list[tuple[int, list[int]]] = []
+    last_group = None
+    for index, group in enumerate(group_indices):
+        if group == last_group and units[-1][0] + completion_lengths[index] <= budget:
+            units[-1] = (units[-1][0] + completion_lengths[index], [*units[-1][1], index])
+        else:
+            units.append((lengths[index], [index]))
+        last_group = group
+    return units
+
+
 def _step_batch(groups: Sequence[ScoredGroup], kept: Sequence[Sample], loss: LossKind, micro_batch_tokens: int, max_tokens: int) -> StepBatch:
     completion_lengths = [len(groups[g].group.completions[i].token_ids) for g, i in kept]
     lengths = [len(groups[g].group.prompt.token_ids) + length for (g, _), length in zip(kept, completion_lengths)]
     weights = token_weights(completion_lengths, loss=loss, max_tokens=max_tokens)
+    units = _units([g for g, _ in kept], completion_lengths, lengths, micro_batch_tokens)
+    bins = [[j for unit in members for j in units[unit][1]] for members in pack([length for length, _ in units], micro_batch_tokens)]
     return StepBatch(
-        micro_batches=tuple(
-            _build_batch(groups, [kept[j] for j in members], [weights[j] for j in members]) for members in pack(lengths, micro_batch_tokens)
-        ),
+        micro_batches=tuple(_build_batch(groups, [kept[j] for j in members], [weights[j] for j in members]) for members in bins),
         num_sequences=len(kept),
         num_loss_tokens=sum(completion_lengths),
     )

@@ -16,6 +16,7 @@ import torch
 
 from grpo.data_types import Batch
 from grpo.logprobs import token_logprobs
+from nsa.packing import SharedPrefix, plan_shared_prefix
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +27,8 @@ class MicroBatch:
     rows_R: torch.Tensor
     sequence_R: torch.Tensor
     num_sequences: int
+    shared_prefix: SharedPrefix | None
+    """Plan by which the samples of a group compute their prompt once."""
 
 
 def prepare(batch: Batch, device: torch.device) -> MicroBatch:
@@ -33,6 +36,12 @@ def prepare(batch: Batch, device: torch.device) -> MicroBatch:
     rows_R = batch.loss_weights_T.nonzero().squeeze(1)
     lengths_N = batch.cu_seqlens_N1.diff().long()
     sequence_T = torch.arange(len(lengths_N)).repeat_interleave(lengths_N)
+    # A sequence's first token in the loss is its completion's first: what stands before is its group's prompt.
+    sequences, counts = sequence_T[rows_R].unique_consecutive(return_counts=True)
+    first_R = rows_R[counts.cumsum(0) - counts] - batch.cu_seqlens_N1[:-1][sequences]
+    shared = None
+    if len(sequences) == len(lengths_N):
+        shared = plan_shared_prefix(batch.cu_seqlens_N1, first_R.tolist(), batch.samples_N2[:, 0].tolist())
     # cu_seqlens stays on the CPU: the model plans its work from it.
     names = ("token_ids_T", "positions_T", "loss_weights_T", "advantages_T", "sampler_logprobs_T")
     moved = {name: getattr(batch, name).to(device) for name in names}
@@ -42,6 +51,7 @@ def prepare(batch: Batch, device: torch.device) -> MicroBatch:
         rows_R=rows_R.to(device),
         sequence_R=sequence_T[rows_R].to(device),
         num_sequences=len(lengths_N),
+        shared_prefix=shared,
     )
 
 
@@ -68,9 +78,11 @@ def row_logprobs(
             batch.cu_seqlens_N1,
             selection=batch.selection if replay else None,
             return_selection=return_selection,
+            shared_prefix=micro.shared_prefix,
+            rows_R=micro.rows_R - 1,
         )
     logprobs_R, entropy_R = token_logprobs(
-        packed.hidden_TE.index_select(0, micro.rows_R - 1),
+        packed.hidden_TE,
         model.lm_head.weight,
         batch.token_ids_T[micro.rows_R],
         temperature=temperature,

@@ -8,7 +8,7 @@ first, so padding on either side never moves a block boundary). Leaves out sampl
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from nsa.attention import LayerCache
 from nsa.cache import NSACache, plan_write
 from nsa.config import NSAConfig
 from nsa.layers import Compressor, DecoderLayer, NSAAttention, RMSNorm, RotaryEmbedding, StepContext, linear
-from nsa.packing import pad_all, padded_waste, plan_packing, uniform_packing, unpad_all
+from nsa.packing import Packing, SharedPrefix, pad_all, padded_waste, plan_packing, uniform_packing, unpad_all
 
 AUTO_MAP = {
     "AutoConfig": "configuration_nsa_grpo.NSAConfig",
@@ -159,12 +159,17 @@ class NSAModel(NSAPreTrainedModel):
         selection: torch.Tensor | None = None,
         return_selection: bool = False,
         inputs_embeds_TE: torch.Tensor | None = None,
+        shared_prefix: SharedPrefix | None = None,
+        rows_R: torch.Tensor | None = None,
     ) -> PackedOutput:
         """Whole sequences, one after the other, without a cache.
 
         Args:
             token_ids_T: int `[T]`. positions_T: int `[T]`, from 0 in each sequence. cu_seqlens_N1: int `[N+1]`.
             selection: `[T, layers, Hkv, n]` block choices to replay (a row that begins with −2 is chosen anew).
+            shared_prefix: plan of this batch by `plan_shared_prefix`: common prompts are computed once, with the same
+                results up to rounding.
+            rows_R: return the hidden states of these packed rows only, `[R, E]`.
         Raises:
             ValueError: lengths that do not fit together.
         """
@@ -173,8 +178,22 @@ class NSAModel(NSAPreTrainedModel):
         device = self.embed_tokens.weight.device
         hidden = self.embed_tokens(token_ids_T.to(device)) if inputs_embeds_TE is None else inputs_embeds_TE
         cos, sin = self.rotary(positions_T.to(device))
-        packing = plan_packing(cu_seqlens_N1, None, device=device, num_heads=self.config.num_attention_heads)
         selection = None if selection is None else selection.to(device)
+        heads = self.config.num_attention_heads
+        if shared_prefix is None:
+            out = self._run_packed(hidden, cos, sin, plan_packing(cu_seqlens_N1, None, device=device, num_heads=heads), selection, return_selection)
+            return out if rows_R is None else replace(out, hidden_TE=out.hidden_TE.index_select(0, rows_R))
+        rows_U, places_T = shared_prefix.rows_U.to(device), shared_prefix.places_T.to(device)
+        packing = plan_packing(shared_prefix.query_ends, shared_prefix.key_ends, device=device, num_heads=heads, key_index=shared_prefix.key_rows)
+        selection = None if selection is None else selection[rows_U]
+        out = self._run_packed(hidden[rows_U], cos[rows_U], sin[rows_U], packing, selection, return_selection)
+        wanted = places_T if rows_R is None else places_T[rows_R]
+        return PackedOutput(out.hidden_TE[wanted], None if out.selection is None else out.selection[places_T])
+
+    def _run_packed(
+        self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, packing: Packing, selection: torch.Tensor | None, return_selection: bool
+    ) -> PackedOutput:
+        """All layers over packed rows; in the padded layout throughout where that costs few dummy rows."""
         if padded_waste(packing) > MAX_PADDED_WASTE:
             return self._run(hidden, StepContext(cos=cos, sin=sin, packing=packing, return_selection=return_selection), None, selection)
         rows = packing.groups[0].query_rows

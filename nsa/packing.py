@@ -37,7 +37,8 @@ class PaddedGroup:
 @dataclass(frozen=True, slots=True)
 class Packing:
     """The plan for one packed batch. `query_places`/`key_places` `[T]` are the inverse of the groups' rows: the place of
-    each packed token in the concatenation of all groups' padded rows."""
+    each packed token in the concatenation of all groups' padded rows; key_places is `[T, M]`, −1 for none, where rows are
+    keys of several sequences."""
 
     groups: tuple[PaddedGroup, ...]
     num_queries: int
@@ -54,12 +55,20 @@ def _rows(starts: torch.Tensor, lengths: torch.Tensor, padded: int) -> tuple[tor
 
 
 def plan_packing(
-    cu_seqlens: torch.Tensor, cu_seqlens_k: torch.Tensor | None, *, device: torch.device, num_heads: int, budget: int = 2**26
+    cu_seqlens: torch.Tensor,
+    cu_seqlens_k: torch.Tensor | None,
+    *,
+    device: torch.device,
+    num_heads: int,
+    key_index: torch.Tensor | None = None,
+    budget: int = 2**26,
 ) -> Packing:
     """Plan the padded groups of a packed batch.
 
     Args:
         cu_seqlens: int `[N+1]`, cumulative query lengths from 0. cu_seqlens_k: the same for keys; None = equal.
+        key_index: which packed row each key is, where keys are not packed rows themselves but share them
+            (`SharedPrefix.key_rows`).
         num_heads: query heads, for the memory estimate.
         budget: most score elements (sequences·heads·queries·keys) of a group with more than one sequence.
     Raises:
@@ -75,19 +84,7 @@ def plan_packing(
         raise ValueError("each sequence needs at least as many keys as queries (the queries are its last tokens)")
     if bool(((query_lengths == 0) & (key_lengths > 0)).any()):
         raise ValueError("a sequence with keys needs at least one query")
-    order = sorted((i for i in range(len(query_lengths)) if query_lengths[i] > 0), key=lambda i: (int(key_lengths[i]), int(query_lengths[i])))
-    members: list[list[int]] = []
-    queries = 0
-    for index in reversed(order):
-        if members:
-            longest = int(key_lengths[members[-1][0]])
-            queries = max(queries, int(query_lengths[index]))
-            fits = (len(members[-1]) + 1) * num_heads * queries * longest <= budget
-            if fits and 2 * int(key_lengths[index]) >= longest:
-                members[-1].append(index)
-                continue
-        members.append([index])
-        queries = int(query_lengths[index])
+    members = _similar(query_lengths.tolist(), key_lengths.tolist(), num_heads, budget)
     groups, query_places, key_places = [], torch.zeros(int(query_ends[-1]), dtype=torch.int64), torch.zeros(int(key_ends[-1]), dtype=torch.int64)
     query_base = key_base = 0
     for member in members:
@@ -99,7 +96,7 @@ def plan_packing(
         query_places[query_rows[query_valid]] = query_base + query_valid.nonzero().flatten()
         key_places[key_rows[key_valid]] = key_base + key_valid.nonzero().flatten()
         query_base, key_base = query_base + len(query_rows), key_base + len(key_rows)
-        uniform = len(members) == 1 and bool(query_valid.all()) and bool(key_valid.all())
+        uniform = len(members) == 1 and key_index is None and bool(query_valid.all()) and bool(key_valid.all())
         groups.append(
             PaddedGroup(
                 num_sequences=len(member),
@@ -107,7 +104,7 @@ def plan_packing(
                 key_length=longest_key,
                 query_rows=query_rows.to(device),
                 query_valid=query_valid.to(device),
-                key_rows=key_rows.to(device),
+                key_rows=(key_rows if key_index is None else key_index[key_rows]).to(device),
                 key_valid=key_valid.to(device),
                 offsets=(keys - lengths).to(device),
                 whole=bool((keys == lengths).all()),
@@ -117,11 +114,109 @@ def plan_packing(
     return Packing(
         groups=tuple(groups),
         num_queries=int(query_ends[-1]),
-        num_keys=int(key_ends[-1]),
+        num_keys=int(key_ends[-1]) if key_index is None else int(query_ends[-1]),
         query_places=query_places.to(device),
-        key_places=key_places.to(device),
+        key_places=(key_places if key_index is None else _all_places(key_index, key_places)).to(device),
         max_key_length=int(key_lengths.max()),
     )
+
+
+def _similar(query_lengths: list[int], key_lengths: list[int], num_heads: int, budget: int) -> list[list[int]]:
+    """Sequences that may be padded to one length: longest first, apart where one would more than double, or above `budget`."""
+    order = sorted(
+        (i for i, length in enumerate(query_lengths) if length > 0),
+        key=lambda i: (query_lengths[i] == key_lengths[i], key_lengths[i], query_lengths[i]),
+        reverse=True,
+    )
+    members: list[list[int]] = []
+    least = most = 0
+    for index in order:
+        queries, keys = query_lengths[index], key_lengths[index]
+        if members:
+            first = members[-1][0]
+            longest = key_lengths[first]
+            same_kind = (queries == keys) == (query_lengths[first] == longest)
+            fits = (len(members[-1]) + 1) * num_heads * max(most, queries) * max(longest, keys) <= budget
+            if same_kind and fits and 2 * keys >= longest and max(most, queries) <= 2 * min(least, queries) + 32:
+                members[-1].append(index)
+                least, most = min(least, queries), max(most, queries)
+                continue
+        members.append([index])
+        least = most = queries
+    return members
+
+
+def _all_places(key_index: torch.Tensor, key_places: torch.Tensor) -> torch.Tensor:
+    """`[T, M]`: every place of each packed row among the padded keys, −1 where it has fewer than M."""
+    counts = torch.bincount(key_index)
+    order = key_index.argsort(stable=True)
+    starts = counts.cumsum(0) - counts
+    rows = key_index[order]
+    table = torch.full((len(counts), int(counts.max())), -1, dtype=torch.int64)
+    table[rows, torch.arange(len(rows)) - starts[rows]] = key_places[order]
+    return table
+
+
+@dataclass(frozen=True, slots=True)
+class SharedPrefix:
+    """A packed batch in which sequences with the same first tokens (a prompt and its samples) compute those once.
+
+    rows_U: the packed row that each computed row stands for. places_T: the computed row of each packed row.
+    query_ends, key_ends: cumulative lengths of the computed sequences: a prefix once, then its continuations, whose
+    keys are the prefix's and their own, listed in key_rows as computed rows. All on the CPU."""
+
+    rows_U: torch.Tensor
+    places_T: torch.Tensor
+    query_ends: torch.Tensor
+    key_ends: torch.Tensor
+    key_rows: torch.Tensor
+
+
+def plan_shared_prefix(cu_seqlens: torch.Tensor, prefix_lengths: list[int], families: list[int]) -> SharedPrefix | None:
+    """Plan a batch whose sequences of one family begin with the same `prefix_lengths` tokens; None where no two do.
+
+    Args:
+        cu_seqlens: int `[N+1]`. prefix_lengths, families: one per sequence; a family's prefixes are equal.
+    Raises:
+        ValueError: a prefix that is not shorter than its sequence, or of two lengths in one family.
+    """
+    starts, ends = cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist()
+    by_family: dict[int, list[int]] = {}
+    for index, family in enumerate(families):
+        by_family.setdefault(family, []).append(index)
+    if len(by_family) == len(families):
+        return None
+    rows: list[torch.Tensor] = []
+    keys: list[torch.Tensor] = []
+    places = torch.zeros(ends[-1], dtype=torch.int64)
+    count = 0
+
+    def compute(first: int, last: int, before: torch.Tensor | None) -> torch.Tensor:
+        nonlocal count
+        own = torch.arange(count, count + last - first)
+        count += last - first
+        rows.append(torch.arange(first, last))
+        keys.append(own if before is None else torch.cat([before, own]))
+        places[first:last] = own
+        return own
+
+    for members in by_family.values():
+        prefix = prefix_lengths[members[0]]
+        if any(prefix_lengths[i] != prefix or not 0 <= prefix < ends[i] - starts[i] for i in members):
+            raise ValueError(f"sequences that share a prefix need one of equal length, shorter than each; got {[prefix_lengths[i] for i in members]}")
+        if len(members) == 1 or prefix == 0:
+            for i in members:
+                compute(starts[i], ends[i], None)
+            continue
+        shared = compute(starts[members[0]], starts[members[0]] + prefix, None)
+        for i in members:
+            places[starts[i] : starts[i] + prefix] = shared
+            compute(starts[i] + prefix, ends[i], shared)
+
+    def cumulative(parts: list[torch.Tensor]) -> torch.Tensor:
+        return torch.tensor([0, *(len(part) for part in parts)]).cumsum(0)
+
+    return SharedPrefix(torch.cat(rows), places, cumulative(rows), cumulative(keys), torch.cat(keys))
 
 
 def padded_waste(packing: Packing) -> float:
@@ -153,9 +248,16 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor):
         inverse, inverse_valid = ctx.saved_tensors
+        shape = [1] * (gradients[0].ndim - 1)
+        if inverse.ndim == 2:  # rows with several places: their gradients are added up in a fixed order
+            back = gradients[0].new_zeros(inverse.shape[0], *gradients[0].shape[1:])
+            for places in inverse.unbind(1):
+                used = (places >= 0).nonzero().flatten()
+                back[used] = back[used] + gradients[0].index_select(0, places[used])
+            return back, None, None, None, None
         back = gradients[0].index_select(0, inverse)
         if inverse_valid is not None:
-            back = back.masked_fill_(~inverse_valid.view(-1, *[1] * (back.ndim - 1)), 0)
+            back = back.masked_fill_(~inverse_valid.view(-1, *shape), 0)
         return back, None, None, None, None
 
 
