@@ -1,6 +1,6 @@
 """The `nsa-grpo` command: one verb per job, thin dispatch, imports only what the verb needs (so `--help` is quick).
 
-    nsa-grpo train configs/quickstart.yaml train.steps=20
+    nsa-grpo train configs/gsm8k_smollm2_1gpu.yaml train.steps=20
 
 User mistakes (a ValueError or a file that is not there) print `error: …` on stderr and exit with 2; Ctrl-C prints
 `interrupted` and exits with 130; a run that failed prints its cause and exits with 1; anything else is a fault of ours and
@@ -153,7 +153,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="nsa-grpo",
         description="GRPO for language models with native sparse attention.",
-        epilog="examples:\n  nsa-grpo quickstart\n  nsa-grpo train configs/quickstart.yaml train.steps=20\n  nsa-grpo VERB --help",
+        epilog="examples:\n  nsa-grpo quickstart\n  nsa-grpo train configs/gsm8k_smollm2_1gpu.yaml train.steps=20\n  nsa-grpo VERB --help",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--traceback", action="store_true", help="show Python's traceback for user errors too")
@@ -167,7 +167,7 @@ def build_parser() -> argparse.ArgumentParser:
     resume.add_argument("run_dir", metavar="RUN_DIR")
     _overrides(resume)
 
-    sft = _add(verbs, "sft", _sft, "supervised fine-tuning: cold start, adaptation", "nsa-grpo sft configs/gsm8k_smollm2_sft.yaml epochs=2")
+    sft = _add(verbs, "sft", _sft, "supervised fine-tuning: cold start, adaptation", "nsa-grpo sft configs/sft_gsm8k_smollm2.yaml epochs=2")
     sft.add_argument("config", metavar="CONFIG")
     _overrides(sft)
 
@@ -188,7 +188,7 @@ def build_parser() -> argparse.ArgumentParser:
         "eval",
         _eval,
         "pass@k, maj@k and avg@k with intervals",
-        "nsa-grpo eval runs/gsm8k/checkpoint-100 --data gsm8k_test.jsonl.gz",
+        "nsa-grpo eval runs/gsm8k/checkpoints/step-000100 --data gsm8k_test.jsonl.gz",
         "nsa-grpo eval base tuned --data openai/gsm8k:main evaluation.samples=16 evaluation.k=[1,8,16] data.eval_limit=200",
     )
     evaluate.add_argument("checkpoints", metavar="CHECKPOINT", nargs="+", help="folder or hub name; several are compared")
@@ -201,7 +201,7 @@ def build_parser() -> argparse.ArgumentParser:
         "sample",
         _sample,
         "look at completions of a checkpoint",
-        'nsa-grpo sample runs/gsm8k/checkpoint-100 --prompt "What is 3 + 4?"',
+        'nsa-grpo sample runs/gsm8k/checkpoints/step-000100 --prompt "What is 3 + 4?"',
         "nsa-grpo sample CHECKPOINT --data gsm8k_test.jsonl.gz --rows 3 evaluation.temperature=0.7 evaluation.samples=2",
     )
     sample.add_argument("checkpoint", metavar="CHECKPOINT")

@@ -37,7 +37,7 @@ class ModelSection(Section):
     """`auto` takes CUDA where there is a GPU; `cuda` without a GPU is an error."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """dtype of the forward and backward pass; master weights and optimizer are fp32."""
-    attention_backend: Literal["auto", "torch", "triton"] = "auto"
+    attention_backend: Literal["auto", "torch"] = "auto"
     gradient_checkpointing: bool = False
 
 
@@ -75,7 +75,7 @@ class PromptSection(Section):
 class RolloutSection(Section):
     """Sampling."""
 
-    engine: Literal["torch", "vllm"] = "torch"
+    engine: Literal["torch"] = "torch"
     prompts_per_step: PositiveInt = 32
     group_size: Annotated[int, Field(ge=2)] = 8
     """Samples per prompt (G); a group of one has no group-relative advantage."""
@@ -290,6 +290,12 @@ class SftDataSection(Section):
     """Longer examples are dropped and counted."""
 
 
+class SftOptimizerSection(OptimizerSection):
+    """AdamW for supervised fine-tuning."""
+
+    learning_rate: PositiveFloat = 1e-4
+
+
 class SftConfig(Section):
     """An SFT run (`nsa-grpo sft`)."""
 
@@ -297,7 +303,7 @@ class SftConfig(Section):
     model: ModelSection
     data: SftDataSection
     prompt: PromptSection = PromptSection()
-    optimizer: OptimizerSection = OptimizerSection(learning_rate=1e-4, micro_batch_tokens=16384)
+    optimizer: SftOptimizerSection = SftOptimizerSection()
     epochs: PositiveInt = 1
     steps: PositiveInt | None = None
     """Stop after this many optimizer steps, whatever epochs says."""

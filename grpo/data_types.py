@@ -102,7 +102,8 @@ class Batch:
     old_logprobs_T: torch.Tensor | None = None
     reference_logprobs_T: torch.Tensor | None = None
     selection: torch.Tensor | None = None
-    """`[T, layers, Hkv, n]` block choices the sampler recorded (to replay, or to compare with), None where it recorded none; rows of -2 are unrecorded."""
+    """`[T, layers, Hkv, n]` block choices the sampler recorded (to replay, or to compare with); None where it recorded none,
+    rows of -2 where a token's were not."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

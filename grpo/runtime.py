@@ -100,16 +100,8 @@ def use_threads(config: RunConfig) -> None:
     torch.set_num_threads(config.runtime.threads or len(os.sched_getaffinity(0)))
 
 
-def build_engine(config: RunConfig) -> Engine:
+def build_engine(config: RunConfig) -> TorchEngine:
     """The sampler of a run, with the weights of `config.model.path` as version 0."""
-    if config.rollout.engine == "vllm":
-        from grpo.rollout.vllm_engine import VLLMEngine  # type: ignore[import-not-found]
-
-        return VLLMEngine(config)
-    return _torch_engine(config)
-
-
-def _torch_engine(config: RunConfig) -> TorchEngine:
     from transformers import AutoTokenizer
 
     from grpo.learner import load_policy, resolve_device

@@ -1,6 +1,6 @@
 """One GRPO run, top to bottom. The only module that knows the order of things.
 
-    nsa-grpo train configs/quickstart.yaml train.steps=20
+    nsa-grpo train configs/gsm8k_smollm2_1gpu.yaml train.steps=20
 
     PromptStream ─prompts▶ engine.generate ─groups▶ scorer.score ─scores▶ score_group ─▶ learner.step
          ▲                 (rollout)                (reward; while the  (advantages)    (learner)

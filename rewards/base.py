@@ -104,7 +104,7 @@ class Reward:
         columns = dict(sample.columns)
         if self.style == "verl":
             given = {"data_source": str(columns.get("data_source", "")), "solution_str": sample.completion, "ground_truth": sample.answer,
-                     "extra_info": columns}  # fmt: skip
+                     "extra_info": columns["extra_info"] if isinstance(columns.get("extra_info"), dict) else columns}  # fmt: skip
         else:
             given = {**columns, "prompt": sample.prompt, "completion": sample.completion, "answer": sample.answer}
         result, failure = self._call(given)

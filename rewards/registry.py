@@ -28,6 +28,9 @@ BUILTIN: dict[str, str] = {
 }
 """Built-in name → module:function; imported when asked for."""
 
+REQUIRED: dict[str, tuple[str, ...]] = {"length": ("target_tokens", "max_tokens"), "overlong": ("max_tokens", "buffer_tokens")}
+"""Arguments that a built-in reward cannot do without."""
+
 
 def names() -> list[str]:
     """The built-in names."""
@@ -46,6 +49,10 @@ def load(name: str, arguments: Mapping[str, Any] | None = None, context: Mapping
     unknown = [key for key in arguments or {} if key not in parameters and not keywords]
     if unknown:
         raise ValueError(f"reward {name}: unknown argument {', '.join(unknown)}; it takes {', '.join(sorted(parameters))}")
+    if name in BUILTIN:
+        missing = [key for key in REQUIRED.get(name, ()) if key not in (arguments or {})]
+        if missing:
+            raise ValueError(f"reward {name} needs {', '.join(missing)} in its arguments")
     return Reward(name=name, function=function, style=style, parameters=parameters, keywords=keywords, arguments={**given, **(arguments or {})})
 
 

@@ -14,7 +14,6 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from tokenizers import Tokenizer, models
@@ -28,7 +27,14 @@ from grpo.rollout.torch_engine import TorchEngine
 from nsa import NSAConfig, NSAForCausalLM
 
 SHAPES = {
-    "tiny": {"hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 400},
+    "tiny": {
+        "hidden_size": 128,
+        "intermediate_size": 320,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 400,
+    },
     "smollm2": {
         "hidden_size": 576,
         "intermediate_size": 1536,
@@ -42,6 +48,7 @@ SPARSITY = {
     "tiny": {"compress_block_size": 8, "compress_stride": 4, "select_block_size": 8, "num_selected_blocks": 4, "window_size": 8},
     "smollm2": {"compress_block_size": 16, "compress_stride": 8, "select_block_size": 16, "num_selected_blocks": 8, "window_size": 64},
 }
+COMMON = {"max_position_embeddings": 8192, "tie_word_embeddings": True, "pad_token_id": 0, "eos_token_id": None, "bos_token_id": None}
 
 
 def median_seconds(run: Callable[[], object], device: str, repeats: int) -> float:
@@ -74,12 +81,20 @@ def main() -> None:
     args = parser.parse_args()
     if args.sequences % args.group:
         parser.error(f"--sequences {args.sequences} must be a multiple of --group {args.group}")
-
+    where = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"torch {torch.__version__}, {where}, {vars(args)}")
     torch.manual_seed(0)
-    shape, dtype = SHAPES[args.shape], getattr(torch, args.dtype)
-    common = {"max_position_embeddings": 8192, "tie_word_embeddings": True, "pad_token_id": 0, "eos_token_id": None, "bos_token_id": None}
-    model = NSAForCausalLM(NSAConfig(**shape, **SPARSITY[args.shape], **common, kv=args.kv))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({f"t{i}": i for i in range(shape["vocab_size"])}, unk_token="t0")))
+    time_ours(args)
+    if not args.no_peer:
+        time_peer(args)
+
+
+def time_ours(args: argparse.Namespace) -> None:
+    """Weight sync, rollout and update of the engine and the learner."""
+    shape = SHAPES[args.shape]
+    model = NSAForCausalLM(NSAConfig(**shape, **SPARSITY[args.shape], **COMMON, kv=args.kv))
+    words = {f"t{i}": i for i in range(shape["vocab_size"])}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="t0")))
     config = RunConfig(
         model=ModelSection(path="random", device=args.device, dtype=args.dtype),
         data=DataSection(train="random"),
@@ -88,54 +103,55 @@ def main() -> None:
         optimizer=OptimizerSection(micro_batch_tokens=args.micro_batch),
     )
     learner = Learner(config, model=model)
-    twin = NSAForCausalLM(model.config)
     engine = TorchEngine(
-        twin, tokenizer, max_sequences=args.sequences, device=args.device, dtype=dtype, cuda_graphs=not args.no_graphs
+        NSAForCausalLM(model.config),
+        tokenizer,
+        max_sequences=args.sequences,
+        device=args.device,
+        dtype=getattr(torch, args.dtype),
+        cuda_graphs=not args.no_graphs,
     )
     source = torch.Generator().manual_seed(0)
-    prompts = [
-        Prompt(prompt_id=str(i), token_ids=tuple(torch.randint(1, shape["vocab_size"], (args.prompt,), generator=source).tolist()), question="", answer="", text="")
-        for i in range(args.sequences // args.group)
-    ]
+    ids = torch.randint(1, shape["vocab_size"], (args.sequences // args.group, args.prompt), generator=source).tolist()
+    prompts = [Prompt(prompt_id=str(i), token_ids=tuple(row), question="", answer="", text="") for i, row in enumerate(ids)]
     sampling = Sampling(max_tokens=args.new, group_size=args.group, stop=())
-    tokens = args.sequences * args.new
-    packed = args.sequences * (args.prompt + args.new)
-    print(f"{torch.__version__}, {torch.cuda.get_device_name() if args.device == 'cuda' else f'CPU, {torch.get_num_threads()} threads'}, {vars(args)}")
+    tokens, packed = args.sequences * args.new, args.sequences * (args.prompt + args.new)
 
     sync = median_seconds(lambda: engine.load_weights(1, learner.weights()), args.device, args.repeats)
+    print(f"sync      learner → engine      {sync:8.3f} s", flush=True)
     seconds = median_seconds(lambda: list(engine.generate(prompts, sampling)), args.device, args.repeats)
-    print(f"rollout   NSA engine            {seconds:8.3f} s  {tokens / seconds:10.0f} new tokens/s  {seconds / args.new * 1e3:8.2f} ms a step")
-    groups = [replace(group) for group in engine.generate(prompts, sampling)]
+    print(
+        f"rollout   NSA engine            {seconds:8.3f} s  {tokens / seconds:10.0f} new tokens/s  {seconds / args.new * 1e3:8.2f} ms a step",
+        flush=True,
+    )
+    rewards = [float(i % 2) for i in range(args.group)]
     scored = [
-        ScoredGroup(
-            group=group,
-            scores=tuple(Score(value=float(i % 2), parts={}) for i in range(args.group)),
-            advantages=tuple(float(i % 2) - 0.5 for i in range(args.group)),
-        )
-        for group in groups
+        ScoredGroup(group=group, scores=tuple(Score(value=r, parts={}) for r in rewards), advantages=tuple(r - 0.5 for r in rewards))
+        for group in engine.generate(prompts, sampling)
     ]
     update = median_seconds(lambda: learner.step(scored), args.device, args.repeats)
-    print(f"update    NSA learner           {update:8.3f} s  {packed / update:10.0f} tokens/s")
-    print(f"sync      learner → engine      {sync:8.3f} s")
+    print(f"update    NSA learner           {update:8.3f} s  {packed / update:10.0f} tokens/s (prompts counted for each sample)", flush=True)
     if args.device == "cuda":
         print(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
-    if args.no_peer:
-        return
-    del learner, engine, model, twin
-    dense = LlamaForCausalLM(LlamaConfig(**shape, **common)).to(args.device)
-    ids = torch.randint(1, shape["vocab_size"], (args.sequences, args.prompt + args.new), device=args.device)
+
+
+def time_peer(args: argparse.Namespace) -> None:
+    """Transformers' dense Llama of the same size: forward and backward over the same tokens, and `generate`."""
+    dtype = getattr(torch, args.dtype)
+    model = LlamaForCausalLM(LlamaConfig(**SHAPES[args.shape], **COMMON)).to(args.device)
+    ids = torch.randint(1, model.config.vocab_size, (args.sequences, args.prompt + args.new), device=args.device)
     rows = max(1, args.micro_batch // ids.shape[1])
 
-    def dense_update() -> None:
+    def update() -> None:
         for part in ids.split(rows):
             with torch.autocast(args.device, dtype=dtype, enabled=dtype != torch.float32):
-                dense(part, labels=part, use_cache=False).loss.backward()
+                model(part, labels=part, use_cache=False).loss.backward()
 
-    seconds = median_seconds(dense_update, args.device, args.repeats)
-    print(f"update    dense Llama, HF       {seconds:8.3f} s  {packed / seconds:10.0f} tokens/s (forward and backward alone)")
-    dense = dense.to(dtype).eval()
-    options = {"max_new_tokens": args.new, "do_sample": True, "pad_token_id": 0}
-    seconds = median_seconds(lambda: dense.generate(ids[:, : args.prompt], **options), args.device, 1)
+    seconds = median_seconds(update, args.device, args.repeats)
+    print(f"update    dense Llama, HF       {seconds:8.3f} s  {ids.numel() / seconds:10.0f} tokens/s (forward and backward alone)", flush=True)
+    model = model.to(dtype).eval()
+    seconds = median_seconds(lambda: model.generate(ids[:, : args.prompt], max_new_tokens=args.new, do_sample=True, pad_token_id=0), args.device, 1)
+    tokens = args.sequences * args.new
     print(f"rollout   dense Llama, generate {seconds:8.3f} s  {tokens / seconds:10.0f} new tokens/s  {seconds / args.new * 1e3:8.2f} ms a step")
 
 
