@@ -41,13 +41,13 @@ def build(groups, **options):
 def test_one_micro_batch_holds_the_sequences_token_by_token():
     step = build([scored_group("a", 2, [1, 3], [-0.5, 0.5])])
     (batch,) = step.micro_batches
-    assert batch.token_ids_T.tolist() == [0, 1, 200, 201, 202, 0, 1, 100]  # longest first
-    assert batch.positions_T.tolist() == [0, 1, 2, 3, 4, 0, 1, 2]
-    assert batch.cu_seqlens_N1.tolist() == [0, 5, 8]
-    assert batch.samples_N2.tolist() == [[0, 1], [0, 0]]
-    assert batch.advantages_T.tolist() == [0, 0, 0.5, 0.5, 0.5, 0, 0, -0.5]
-    assert batch.sampler_logprobs_T.tolist() == pytest.approx([0, 0, -0.01, -0.02, -0.03, 0, 0, -0.01])
-    assert batch.loss_weights_T.tolist() == pytest.approx([0, 0, 1 / 6, 1 / 6, 1 / 6, 0, 0, 1 / 2])
+    assert batch.token_ids_T.tolist() == [0, 1, 100, 0, 1, 200, 201, 202]
+    assert batch.positions_T.tolist() == [0, 1, 2, 0, 1, 2, 3, 4]
+    assert batch.cu_seqlens_N1.tolist() == [0, 3, 8]
+    assert batch.samples_N2.tolist() == [[0, 0], [0, 1]]
+    assert batch.advantages_T.tolist() == [0, 0, -0.5, 0, 0, 0.5, 0.5, 0.5]
+    assert batch.sampler_logprobs_T.tolist() == pytest.approx([0, 0, -0.01, 0, 0, -0.01, -0.02, -0.03])
+    assert batch.loss_weights_T.tolist() == pytest.approx([0, 0, 1 / 2, 0, 0, 1 / 6, 1 / 6, 1 / 6])
     assert (batch.old_logprobs_T, batch.reference_logprobs_T, batch.selection) == (None, None, None)
     assert (step.num_sequences, step.num_loss_tokens) == (2, 4)
 
@@ -158,7 +158,7 @@ def test_rows_that_were_not_recorded_are_marked_for_recomputation():
 
 def test_with_advantages_replaces_them_by_sample():
     batch = build([scored_group("a", 2, [1, 3], [-0.5, 0.5])]).micro_batches[0]
-    assert with_advantages(batch, [[7.0, 8.0]]).advantages_T.tolist() == [0, 0, 8, 8, 8, 0, 0, 7]
+    assert with_advantages(batch, [[7.0, 8.0]]).advantages_T.tolist() == [0, 0, 7, 0, 0, 8, 8, 8]
 
 
 def test_records_that_do_not_fit_are_refused():
