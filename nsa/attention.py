@@ -145,8 +145,7 @@ def nsa_attention(
     if selection is not None and selection.shape != (q.shape[0], kv.slc[0].shape[1], config.num_selected_blocks):
         raise ValueError(f"selection must be {(q.shape[0], kv.slc[0].shape[1], config.num_selected_blocks)}, got {tuple(selection.shape)}")
     name = resolve_backend(backend, q.device)
-    if scale is None:
-        scale = q.shape[-1] ** -0.5
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
     if name == "reference":
         from nsa.reference import reference_attention
 
@@ -162,13 +161,13 @@ def nsa_attention(
             cu_seqlens_k=cu_seqlens_k,
             selection=selection,
             return_selection=return_selection,
-            scale=scale,
+            scale=factor,
         )
     from nsa.torch_backend import packed_attention
 
     return packed_attention(
         q, kv, gates, phi=phi, config=config, cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k, selection=selection,
-        return_selection=return_selection, scale=scale,
+        return_selection=return_selection, scale=factor,
     )  # fmt: skip
 
 
@@ -212,6 +211,5 @@ def nsa_decode(
         raise ValueError("nsa_decode has no reference backend: compare it with nsa_attention")
     from nsa.torch_backend import paged_decode
 
-    if scale is None:
-        scale = q.shape[-1] ** -0.5
-    return paged_decode(q, cache, block_table, seq_lens, gates, config=config, selection=selection, return_selection=return_selection, scale=scale)
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    return paged_decode(q, cache, block_table, seq_lens, gates, config=config, selection=selection, return_selection=return_selection, scale=factor)

@@ -197,6 +197,7 @@ class NSAAttention(nn.Module):
         super().__init__()
         assert config.num_key_value_heads and config.head_dim and config.value_head_dim
         self.config, self.layer_index = config, layer_index
+        self.key_dim, self.value_dim = config.head_dim, config.value_head_dim
         self.sparsity = config.sparsity
         hidden, bias = config.hidden_size, config.attention_bias
         key_size, value_size = config.num_key_value_heads * config.head_dim, config.num_key_value_heads * config.value_head_dim
@@ -226,7 +227,7 @@ class NSAAttention(nn.Module):
         return Phi(self.phi_k.tensors(), self.phi_v.tensors()) if self.sparsity.compressor == "mlp" else None
 
     def _keys(self, x: torch.Tensor, projection: nn.Linear, step: StepContext) -> torch.Tensor:
-        keys = linear(x, projection).unflatten(-1, (-1, self.config.head_dim))
+        keys = linear(x, projection).unflatten(-1, (-1, self.key_dim))
         if self.config.qk_norm:
             keys = self.k_norm(keys).to(keys.dtype)
         return rotate(keys, step.cos, step.sin)
@@ -236,13 +237,13 @@ class NSAAttention(nn.Module):
         pairs = [(self.k_proj, self.v_proj)]
         if self.config.kv == "separate":
             pairs = [(self.cmp_k_proj, self.cmp_v_proj), *pairs, (self.win_k_proj, self.win_v_proj)]
-        return [(self._keys(x, k, step), linear(x, v).unflatten(-1, (-1, self.config.value_head_dim))) for k, v in pairs]
+        return [(self._keys(x, k, step), linear(x, v).unflatten(-1, (-1, self.value_dim))) for k, v in pairs]
 
     def forward(
         self, x: torch.Tensor, step: StepContext, cache: LayerCache | None, selection: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """x `[T, E]` (normed) → `[T, E]` and, if asked for, the selection `[T, Hkv, n]`."""
-        queries = linear(x, self.q_proj).unflatten(-1, (-1, self.config.head_dim))
+        queries = linear(x, self.q_proj).unflatten(-1, (-1, self.key_dim))
         if self.config.qk_norm:
             queries = self.q_norm(queries).to(queries.dtype)
         queries = rotate(queries, step.cos, step.sin)

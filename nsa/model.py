@@ -82,6 +82,7 @@ class GenerationCache:
 class NSAPreTrainedModel(PreTrainedModel):
     """Initialisation, checkpoint layout and capability flags shared by the models."""
 
+    config: NSAConfig  # pyright: ignore[reportIncompatibleVariableOverride]
     config_class = NSAConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True

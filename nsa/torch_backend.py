@@ -268,8 +268,8 @@ def paged_decode(
     window = min(config.window_size, capacity)
     window_tokens = (at - (window - 1) + torch.arange(window, device=q.device)).expand(-1, -1, heads, -1)
     out = weights[..., :1].to(out.dtype) * out
-    for index, branch, tokens in ((1, "slc", block_tokens.flatten(-2)), (2, "win", window_tokens)):
-        near = _attend_tokens(grouped, cache, block_table, tokens, (tokens >= 0) & (tokens <= at), cache.set_index(branch), scale)
+    for index, branch_set, tokens in ((1, cache.set_index("slc"), block_tokens.flatten(-2)), (2, cache.set_index("win"), window_tokens)):
+        near = _attend_tokens(grouped, cache, block_table, tokens, (tokens >= 0) & (tokens <= at), branch_set, scale)
         out = out + weights[..., index : index + 1].to(out.dtype) * near
     out = out.permute(0, 3, 1, 2, 4).flatten(2, 3).to(q.dtype)
     if not return_selection:
