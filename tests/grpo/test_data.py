@@ -19,7 +19,7 @@ ROWS: list[dict[str, Any]] = [{"question": "1+1?", "answer": 2, "level": "easy"}
 
 def write_lines(path: Path, rows: list[Any]) -> Path:
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+    path.write_bytes(gzip.compress(text.encode(), mtime=0) if path.suffix == ".gz" else text.encode())
     return path
 
 
@@ -158,7 +158,7 @@ def test_unknown_columns_list_what_the_row_has(tmp_path: Path) -> None:
         ("a.jsonl", b'{"question": "q", "answer": "1"}\n{"question": ', "row 2: not JSON"),
         ("a.jsonl", b"[1, 2]\n", "row 1: must be an object"),
         ("a.jsonl", b'{"answer": ' + b"[" * 100_000, "not JSON"),
-        ("a.jsonl.gz", gzip.compress(b'{"question": "q", "answer": "1"}\n' * 50)[:40], "damaged gzip"),
+        ("a.jsonl.gz", gzip.compress(b'{"question": "q", "answer": "1"}\n' * 50, mtime=0)[:40], "damaged gzip"),
         ("a.jsonl.gz", b"plain text", "damaged gzip"),
         ("a.jsonl", b'{"question": "\xff"}', "not UTF-8"),
         ("a.parquet", b"PAR1 nothing", "not a readable parquet"),
