@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from grpo.config import LogSection, ModelSection, OptimizerSection, PromptSection, RunConfig, SftConfig, SftDataSection, load_config
+from grpo.config import LogSection, ModelSection, PromptSection, RunConfig, SftConfig, SftDataSection, SftOptimizerSection, load_config
 from grpo.data import build_prompts as build_training_prompts
 from grpo.data import load_rows
 from grpo.log import read_lines
@@ -67,7 +67,7 @@ def make_config(checkpoint: Path, run_dir: Path, *, optimizer: dict | None = Non
     return SftConfig(
         model=ModelSection(path=str(checkpoint), device="cpu"),
         data=SftDataSection(**{"train": "in memory", **(data or {})}),
-        optimizer=OptimizerSection(**{"learning_rate": 3e-3, "micro_batch_tokens": 600, **(optimizer or {})}),
+        optimizer=SftOptimizerSection(**{"learning_rate": 3e-3, "micro_batch_tokens": 600, **(optimizer or {})}),
         log=LogSection(run_dir=str(run_dir), progress=False),
         **{"batch_tokens": 1000, **fields},
     )

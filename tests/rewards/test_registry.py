@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from rewards.base import Sample
-from rewards.registry import BUILTIN, load, names
+from rewards.registry import BUILTIN, REQUIRED, load, names
 
 SAMPLE = Sample(prompt="p", completion="<think>a</think><answer>4</answer>", answer="4", columns={"level": 3, "data_source": "mine"})
 
@@ -20,7 +20,13 @@ def write(folder: Path, text: str) -> str:
 def test_every_builtin_name_loads() -> None:
     assert {"accuracy", "format", "tag_count", "language", "length", "repetition"} <= set(names())
     for name in BUILTIN:
-        assert load(name).style == "own"
+        assert load(name, dict.fromkeys(REQUIRED.get(name, ()), 8)).style == "own"
+
+
+@pytest.mark.parametrize("name", sorted(REQUIRED))
+def test_a_builtin_without_an_argument_it_needs_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"reward {name} needs .*max_tokens"):
+        load(name)
 
 
 def test_the_three_signatures(tmp_path: Path) -> None:
