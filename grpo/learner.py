@@ -142,8 +142,10 @@ class Learner:
         """Everything after packing; `prepared` holds the micro-batches of each mini-batch."""
         algorithm = self.config.algorithm
         reward_kl = self._reference is not None and algorithm.kl_place == "reward"
-        if reward_kl or len(prepared) * algorithm.inner_epochs > 1:
+        if reward_kl or algorithm.inner_epochs > 1:
             prepared = [[self._with_old(micro) for micro in step] for step in prepared]
+        else:  # the first mini-batch meets the old policy itself: its own forward pass gives the old log-probs
+            prepared = [prepared[0], *([self._with_old(micro) for micro in step] for step in prepared[1:])]
         if self._reference is not None:
             prepared = [[self._with_reference(micro) for micro in step] for step in prepared]
         if reward_kl:

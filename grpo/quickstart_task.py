@@ -31,8 +31,7 @@ QUESTION = "What is {a} + {b}, worked out column by column from the right, with 
 
 # A word, symbol or tag takes the space before it, and the one after it if a digit follows; each digit stands alone.
 _PIECES = r" ?</?(?:think|answer)>(?: (?=[0-9]))?| ?[A-Za-z]+(?: (?=[0-9]))?| ?[^\sA-Za-z0-9<]+(?: (?=[0-9]))?|[0-9]|\s+|<"
-HELD_OUT_SHARE = 0.2
-KNOWN_PAIRS = 24
+KNOWN_PAIRS = 30
 GUESSES = (0, 1)  # errors of a guess: at an unknown pair the right sum is one of two, so greedy decoding does not know it either
 _PAIRS = [(x, y) for x in range(10) for y in range(x, 10)]
 _RANK = {pair: rank for rank, pair in enumerate(random.Random(20250122).sample(_PAIRS, len(_PAIRS)))}  # noqa: S311 (a fixed choice)
@@ -83,11 +82,16 @@ def is_known(x: int, y: int) -> bool:
     return _RANK[min(x, y), max(x, y)] < KNOWN_PAIRS
 
 
+def is_held_out(number: int) -> bool:
+    """Whether a number is kept for held-out problems: one in five, spread evenly over the digits of every place."""
+    return sum((2 * place + 1) * int(digit) for place, digit in enumerate(reversed(str(number)))) % 5 == 0
+
+
 def make_problems(count: int, *, seed: int, num_digits: int, held_out: bool, guesses: bool = False) -> list[Problem]:
     """`count` different problems, the same for the same arguments.
 
-    Of all numbers with `num_digits` digits, HELD_OUT_SHARE are kept for held-out problems alone, whatever `seed` is:
-    neither operand of a held-out problem ever occurs in a training problem.
+    A fifth of all numbers (`is_held_out`) are kept for held-out problems alone, whatever `seed` is: neither operand of a
+    held-out problem ever occurs in a training problem.
 
     Args:
         guesses: solutions and answers are those of the warm-up's teacher, right or wrong.
@@ -95,10 +99,7 @@ def make_problems(count: int, *, seed: int, num_digits: int, held_out: bool, gue
     Raises:
         ValueError: there are not enough different problems.
     """
-    numbers = list(range(10 ** (num_digits - 1), 10**num_digits))
-    random.Random(20250121).shuffle(numbers)  # noqa: S311 (a fixed split, not a secret)
-    cut = round(len(numbers) * HELD_OUT_SHARE)
-    pool = numbers[:cut] if held_out else numbers[cut:]
+    pool = [number for number in range(10 ** (num_digits - 1), 10**num_digits) if is_held_out(number) == held_out]
     source = random.Random(f"{seed}/{held_out}")  # noqa: S311 (data, not a secret)
     pairs: dict[tuple[int, int], None] = {}
     for _ in range(100 * count):
