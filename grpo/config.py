@@ -37,7 +37,7 @@ class ModelSection(Section):
     """`auto` takes CUDA where there is a GPU; `cuda` without a GPU is an error."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """dtype of the forward and backward pass; master weights and optimizer are fp32."""
-    attention_backend: Literal["auto", "torch"] = "auto"
+    attention_backend: Literal["auto", "torch", "triton"] = "auto"
     gradient_checkpointing: bool = False
 
 

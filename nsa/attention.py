@@ -1,19 +1,24 @@
 """The two public attention functions and their backend choice.
 
 `nsa_attention` works on packed sequences (training, prefill, chunked prefill), `nsa_decode` on a paged cache. Backends:
-`reference` (the oracle, for tests), `torch` (vectorised, any device). The Triton kernels join here as `triton` and
-become what `auto` means on CUDA; until they exist, asking for them is an error, not a silent fallback.
+`reference` (the oracle, for tests), `torch` (vectorised, any device), `triton` (the kernels: what `auto` means on CUDA;
+on the CPU they run in Triton's interpreter where TRITON_INTERPRET=1 is set, for tests).
 """
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from nsa.config import SparsityConfig
-from nsa.packing import Packing
+from nsa.packing import Packing, plan_packing
+
+if TYPE_CHECKING:
+    from nsa.kernels.tiles import KernelPlan
 
 Backend = Literal["auto", "reference", "torch", "triton"]
 KeyValue = tuple[torch.Tensor, torch.Tensor]
@@ -97,13 +102,47 @@ def resolve_backend(backend: str, device: torch.device) -> str:
     Raises:
         ValueError: an unknown name, or one that is not available.
     """
-    if backend == "auto":
-        return "torch"
-    if backend == "triton":
-        raise ValueError("backend 'triton' is not available in this version; use 'auto' or 'torch'")
-    if backend not in ("reference", "torch"):
+    if backend not in ("auto", "reference", "torch", "triton"):
         raise ValueError(f"backend must be one of auto, reference, torch, triton; got {backend!r}")
-    return backend
+    if backend not in ("auto", "triton"):
+        return backend
+    if importlib.util.find_spec("triton") is None:
+        missing = "the package triton is not installed"
+    elif device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        missing = f"the kernels need a CUDA GPU, got tensors on {device.type} (TRITON_INTERPRET=1 runs them in Triton's interpreter)"
+    elif backend == "auto":
+        return "triton" if device.type == "cuda" else "torch"
+    else:
+        return "triton"
+    if backend == "triton":
+        raise ValueError(f"backend 'triton' cannot be used here: {missing}; use 'auto' or 'torch'")
+    return "torch"
+
+
+def plan_batch(
+    cu_seqlens: torch.Tensor,
+    cu_seqlens_k: torch.Tensor | None,
+    *,
+    config: SparsityConfig,
+    num_heads: int,
+    device: torch.device,
+    backend: str = "auto",
+    key_index: torch.Tensor | None = None,
+) -> Packing | KernelPlan:
+    """What a backend needs to know of a packed batch, made once on the host and given to every layer as `cu_seqlens`.
+
+    Args:
+        cu_seqlens: int `[N+1]`, cumulative query lengths from 0. cu_seqlens_k: the same for keys; None = equal.
+        num_heads: query heads. key_index: which packed row each key is, where sequences share rows
+            (`SharedPrefix.key_rows`).
+    Raises:
+        ValueError: lengths that do not fit together, an unknown or unavailable backend.
+    """
+    if resolve_backend(backend, device) != "triton":
+        return plan_packing(cu_seqlens, cu_seqlens_k, device=device, num_heads=num_heads, key_index=key_index)
+    from nsa.kernels.tiles import KernelPlan
+
+    return KernelPlan(cu_seqlens, cu_seqlens_k, config=config, device=device, key_index=key_index)
 
 
 def nsa_attention(
@@ -113,7 +152,7 @@ def nsa_attention(
     *,
     phi: Phi | None,
     config: SparsityConfig,
-    cu_seqlens: torch.Tensor | Packing | None = None,
+    cu_seqlens: torch.Tensor | Packing | KernelPlan | None = None,
     cu_seqlens_k: torch.Tensor | None = None,
     selection: torch.Tensor | None = None,
     return_selection: bool = False,
@@ -128,8 +167,8 @@ def nsa_attention(
         kv: the branches' keys and values, `[Tk, Hkv, Dk]` and `[Tk, Hkv, Dv]`, keys after RoPE.
         gates: `[T, Hq, 3]` in [0, 1], in the order compression, selection, window.
         phi: the compressor's tensors; None for the mean.
-        cu_seqlens: int `[N+1]`, where sequences begin and end; None = one sequence. (A `Packing` made by
-            `plan_packing` may be given instead, so that layers share one plan.)
+        cu_seqlens: int `[N+1]`, where sequences begin and end; None = one sequence. (The plan made by `plan_batch`
+            may be given instead, so that layers share it; it then decides the backend.)
         cu_seqlens_k: the same for keys where they are more than the queries, which then are each sequence's last tokens.
         selection: `[T, Hkv, n]` block numbers to use instead of choosing (−1 = none; a row that begins with −2 is
             chosen anew). Gradients never flow through the choice.
@@ -149,8 +188,8 @@ def nsa_attention(
     if name == "reference":
         from nsa.reference import reference_attention
 
-        if isinstance(cu_seqlens, Packing):
-            raise ValueError("the reference backend takes cu_seqlens, not a Packing")
+        if cu_seqlens is not None and not isinstance(cu_seqlens, torch.Tensor):
+            raise ValueError("the reference backend takes cu_seqlens, not a plan")
         return reference_attention(
             q,
             kv,
@@ -163,12 +202,21 @@ def nsa_attention(
             return_selection=return_selection,
             scale=factor,
         )
-    from nsa.torch_backend import packed_attention
+    if cu_seqlens is None or isinstance(cu_seqlens, torch.Tensor):
+        ends = torch.tensor([0, q.shape[0]]) if cu_seqlens is None else cu_seqlens
+        key_ends = torch.tensor([0, kv.slc[0].shape[0]]) if cu_seqlens is None and cu_seqlens_k is None else cu_seqlens_k
+        plan = plan_batch(ends, key_ends, config=config, num_heads=q.shape[1], device=q.device, backend=name)
+    else:
+        plan = cu_seqlens
+    if isinstance(plan, Packing):
+        from nsa.torch_backend import packed_attention
 
-    return packed_attention(
-        q, kv, gates, phi=phi, config=config, cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k, selection=selection,
-        return_selection=return_selection, scale=factor,
-    )  # fmt: skip
+        return packed_attention(
+            q, kv, gates, phi=phi, config=config, packing=plan, selection=selection, return_selection=return_selection, scale=factor
+        )
+    from nsa.kernels import packed
+
+    return packed.packed_attention(q, kv, gates, phi=phi, plan=plan, selection=selection, return_selection=return_selection, scale=factor)
 
 
 def nsa_decode(
@@ -207,9 +255,13 @@ def nsa_decode(
         raise ValueError(f"q must be [B, m, Hq, Dk] and gates [B, m, Hq, 3], got {tuple(q.shape)} and {tuple(gates.shape)}")
     if block_table.shape[0] != q.shape[0] or seq_lens.shape != q.shape[:1]:
         raise ValueError(f"block_table must be [B, P] and seq_lens [B] with B={q.shape[0]}, got {tuple(block_table.shape)}, {tuple(seq_lens.shape)}")
-    if resolve_backend(backend, q.device) == "reference":
+    name = resolve_backend(backend, q.device)
+    if name == "reference":
         raise ValueError("nsa_decode has no reference backend: compare it with nsa_attention")
-    from nsa.torch_backend import paged_decode
+    if name == "triton":
+        from nsa.kernels.decode import paged_decode
+    else:
+        from nsa.torch_backend import paged_decode
 
     factor = q.shape[-1] ** -0.5 if scale is None else scale
     return paged_decode(q, cache, block_table, seq_lens, gates, config=config, selection=selection, return_selection=return_selection, scale=factor)

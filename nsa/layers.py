@@ -10,7 +10,7 @@ Shapes: T packed tokens, E hidden size, Hq/Hkv heads, Dk/Dv head dims.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -23,6 +23,9 @@ from nsa.cache import CacheWrite, read_tokens, write_layer
 from nsa.config import NSAConfig
 from nsa.packing import Packing
 
+if TYPE_CHECKING:
+    from nsa.kernels.tiles import KernelPlan
+
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
@@ -34,7 +37,7 @@ class StepContext:
 
     cos: torch.Tensor
     sin: torch.Tensor
-    packing: Packing | None = None
+    packing: Packing | KernelPlan | None = None
     write: CacheWrite | None = None
     decode: bool = False
     block_table: torch.Tensor | None = None

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -19,11 +19,14 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from nsa.attention import LayerCache
+from nsa.attention import LayerCache, plan_batch
 from nsa.cache import NSACache, plan_write
 from nsa.config import NSAConfig
 from nsa.layers import Compressor, DecoderLayer, NSAAttention, RMSNorm, RotaryEmbedding, StepContext, linear
-from nsa.packing import Packing, SharedPrefix, pad_all, padded_waste, plan_packing, uniform_packing, unpad_all
+from nsa.packing import Packing, SharedPrefix, pad_all, padded_waste, uniform_packing, unpad_all
+
+if TYPE_CHECKING:
+    from nsa.kernels.tiles import KernelPlan
 
 AUTO_MAP = {
     "AutoConfig": "configuration_nsa_grpo.NSAConfig",
@@ -180,22 +183,34 @@ class NSAModel(NSAPreTrainedModel):
         hidden = self.embed_tokens(token_ids_T.to(device)) if inputs_embeds_TE is None else inputs_embeds_TE
         cos, sin = self.rotary(positions_T.to(device))
         selection = None if selection is None else selection.to(device)
-        heads = self.config.num_attention_heads
         if shared_prefix is None:
-            out = self._run_packed(hidden, cos, sin, plan_packing(cu_seqlens_N1, None, device=device, num_heads=heads), selection, return_selection)
+            out = self._run_packed(hidden, cos, sin, self._plan(cu_seqlens_N1, None), selection, return_selection)
             return out if rows_R is None else replace(out, hidden_TE=out.hidden_TE.index_select(0, rows_R))
         rows_U, places_T = shared_prefix.rows_U.to(device), shared_prefix.places_T.to(device)
-        packing = plan_packing(shared_prefix.query_ends, shared_prefix.key_ends, device=device, num_heads=heads, key_index=shared_prefix.key_rows)
+        packing = self._plan(shared_prefix.query_ends, shared_prefix.key_ends, shared_prefix.key_rows)
         selection = None if selection is None else selection[rows_U]
         out = self._run_packed(hidden[rows_U], cos[rows_U], sin[rows_U], packing, selection, return_selection)
         wanted = places_T if rows_R is None else places_T[rows_R]
         return PackedOutput(out.hidden_TE[wanted], None if out.selection is None else out.selection[places_T])
 
+    def _plan(self, ends: torch.Tensor, key_ends: torch.Tensor | None, key_index: torch.Tensor | None = None) -> Packing | KernelPlan:
+        config, device = self.config, self.embed_tokens.weight.device
+        return plan_batch(
+            ends, key_ends, config=config.sparsity, num_heads=config.num_attention_heads, device=device,
+            backend=config.attention_backend, key_index=key_index,
+        )  # fmt: skip
+
     def _run_packed(
-        self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, packing: Packing, selection: torch.Tensor | None, return_selection: bool
+        self,
+        hidden: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        packing: Packing | KernelPlan,
+        selection: torch.Tensor | None,
+        return_selection: bool,
     ) -> PackedOutput:
         """All layers over packed rows; in the padded layout throughout where that costs few dummy rows."""
-        if padded_waste(packing) > MAX_PADDED_WASTE:
+        if not isinstance(packing, Packing) or padded_waste(packing) > MAX_PADDED_WASTE:
             return self._run(hidden, StepContext(cos=cos, sin=sin, packing=packing, return_selection=return_selection), None, selection)
         rows = packing.groups[0].query_rows
         step = StepContext(cos=cos[rows], sin=sin[rows], packing=uniform_packing(packing), return_selection=return_selection)
@@ -246,7 +261,7 @@ class NSAModel(NSAPreTrainedModel):
             key_positions = (torch.arange(int(key_ends[-1])) - key_ends[:-1].repeat_interleave(lengths)).to(device)
             key_slots = table[key_rows, key_positions // cache.page_size] * cache.page_size + key_positions % cache.page_size
         cos, sin = self.rotary(positions.to(device))
-        packing = plan_packing(ends, key_ends, device=device, num_heads=self.config.num_attention_heads)
+        packing = self._plan(ends, key_ends)
         step = StepContext(cos=cos, sin=sin, packing=packing, write=write, key_slots=key_slots, return_selection=return_selection)
         return self._run(self.embed_tokens(token_ids_T.to(device)), step, cache.layers, None if selection is None else selection.to(device))
 

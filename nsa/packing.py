@@ -54,6 +54,25 @@ def _rows(starts: torch.Tensor, lengths: torch.Tensor, padded: int) -> tuple[tor
     return torch.where(valid, starts[:, None] + place, 0).flatten(), valid.flatten()
 
 
+def checked_ends(cu_seqlens: torch.Tensor, cu_seqlens_k: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cumulative lengths of queries and keys, int64 `[N+1]` on the CPU; keys as queries where None.
+
+    Raises:
+        ValueError: not a non-decreasing sequence from 0, or a sequence with fewer keys than queries.
+    """
+    query_ends = cu_seqlens.detach().to("cpu", torch.int64)
+    key_ends = query_ends if cu_seqlens_k is None else cu_seqlens_k.detach().to("cpu", torch.int64)
+    for name, ends in (("cu_seqlens", query_ends), ("cu_seqlens_k", key_ends)):
+        if ends.ndim != 1 or len(ends) < 2 or int(ends[0]) != 0 or bool((ends.diff() < 0).any()):
+            raise ValueError(f"{name} must be [0, end of sequence 0, …], non-decreasing, got {ends.tolist()[:8]}")
+    query_lengths, key_lengths = query_ends.diff(), key_ends.diff()
+    if len(query_lengths) != len(key_lengths) or bool((key_lengths < query_lengths).any()):
+        raise ValueError("each sequence needs at least as many keys as queries (the queries are its last tokens)")
+    if bool(((query_lengths == 0) & (key_lengths > 0)).any()):
+        raise ValueError("a sequence with keys needs at least one query")
+    return query_ends, key_ends
+
+
 def plan_packing(
     cu_seqlens: torch.Tensor,
     cu_seqlens_k: torch.Tensor | None,
@@ -74,16 +93,8 @@ def plan_packing(
     Raises:
         ValueError: not a non-decreasing sequence from 0, or a sequence with fewer keys than queries.
     """
-    query_ends = cu_seqlens.detach().to("cpu", torch.int64)
-    key_ends = query_ends if cu_seqlens_k is None else cu_seqlens_k.detach().to("cpu", torch.int64)
-    for name, ends in (("cu_seqlens", query_ends), ("cu_seqlens_k", key_ends)):
-        if ends.ndim != 1 or len(ends) < 2 or int(ends[0]) != 0 or bool((ends.diff() < 0).any()):
-            raise ValueError(f"{name} must be [0, end of sequence 0, …], non-decreasing, got {ends.tolist()[:8]}")
+    query_ends, key_ends = checked_ends(cu_seqlens, cu_seqlens_k)
     query_lengths, key_lengths = query_ends.diff(), key_ends.diff()
-    if len(query_lengths) != len(key_lengths) or bool((key_lengths < query_lengths).any()):
-        raise ValueError("each sequence needs at least as many keys as queries (the queries are its last tokens)")
-    if bool(((query_lengths == 0) & (key_lengths > 0)).any()):
-        raise ValueError("a sequence with keys needs at least one query")
     members = _similar(query_lengths.tolist(), key_lengths.tolist(), num_heads, budget)
     groups, query_places, key_places = [], torch.zeros(int(query_ends[-1]), dtype=torch.int64), torch.zeros(int(key_ends[-1]), dtype=torch.int64)
     query_base = key_base = 0
@@ -116,7 +127,7 @@ def plan_packing(
         num_queries=int(query_ends[-1]),
         num_keys=int(key_ends[-1]) if key_index is None else int(query_ends[-1]),
         query_places=query_places.to(device),
-        key_places=(key_places if key_index is None else _all_places(key_index, key_places)).to(device),
+        key_places=(key_places if key_index is None else all_places(key_index, key_places)).to(device),
         max_key_length=int(key_lengths.max()),
     )
 
@@ -146,7 +157,7 @@ def _similar(query_lengths: list[int], key_lengths: list[int], num_heads: int, b
     return members
 
 
-def _all_places(key_index: torch.Tensor, key_places: torch.Tensor) -> torch.Tensor:
+def all_places(key_index: torch.Tensor, key_places: torch.Tensor) -> torch.Tensor:
     """`[T, M]`: every place of each packed row among the padded keys, −1 where it has fewer than M."""
     counts = torch.bincount(key_index)
     order = key_index.argsort(stable=True)
@@ -259,6 +270,14 @@ class _Gather(torch.autograd.Function):
         if inverse_valid is not None:
             back = back.masked_fill_(~inverse_valid.view(-1, *shape), 0)
         return back, None, None, None, None
+
+
+def gather_rows(rows: torch.Tensor, index: torch.Tensor, places: torch.Tensor | None) -> torch.Tensor:
+    """`rows[index]` whose gradient is added up in a fixed order by `places` `[rows, M]` (`all_places`)."""
+    assert places is not None
+    gathered = _Gather.apply(rows, index, None, places, None)
+    assert isinstance(gathered, torch.Tensor)
+    return gathered
 
 
 def pad_all(rows: torch.Tensor, packing: Packing, *, keys: bool) -> list[torch.Tensor]:

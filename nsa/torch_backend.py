@@ -16,7 +16,7 @@ from torch.nn import functional
 from nsa.attention import RECOMPUTE, BranchKV, CompressorWeights, KeyValue, LayerCache, Phi
 from nsa.blocks import block_scores, num_blocks, num_compressed, select_blocks, selection_dtype, selection_mask, visible_compressed
 from nsa.config import SparsityConfig
-from nsa.packing import Packing, pad_all, plan_packing, unpad_all
+from nsa.packing import Packing, pad_all, unpad_all
 
 CHUNK_SCORES = 2**26
 
@@ -173,17 +173,10 @@ def _group_attention(
 
 
 def packed_attention(
-    q: torch.Tensor, kv: BranchKV, gates: torch.Tensor, *, phi: Phi | None, config: SparsityConfig,
-    cu_seqlens: torch.Tensor | Packing | None, cu_seqlens_k: torch.Tensor | None, selection: torch.Tensor | None,
-    return_selection: bool, scale: float,
+    q: torch.Tensor, kv: BranchKV, gates: torch.Tensor, *, phi: Phi | None, config: SparsityConfig, packing: Packing,
+    selection: torch.Tensor | None, return_selection: bool, scale: float,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """`nsa_attention` in plain PyTorch; see there."""
-    if isinstance(cu_seqlens, Packing):
-        packing = cu_seqlens
-    else:
-        ends = torch.tensor([0, q.shape[0]]) if cu_seqlens is None else cu_seqlens
-        key_ends = torch.tensor([0, kv.slc[0].shape[0]]) if cu_seqlens is None and cu_seqlens_k is None else cu_seqlens_k
-        packing = plan_packing(ends, key_ends, device=q.device, num_heads=q.shape[1])
     if packing.num_queries != q.shape[0] or packing.num_keys != kv.slc[0].shape[0]:
         raise ValueError(f"cu_seqlens counts {packing.num_queries} queries and {packing.num_keys} keys, got {q.shape[0]} and {kv.slc[0].shape[0]}")
     if not packing.groups:

@@ -46,18 +46,18 @@ class DecodeBatch:
 
     Args:
         max_tokens, num_columns: room per row for drawn tokens and for pages.
-        selection_shape: (layers, Hkv, n), or None where selections are not recorded.
+        selection_shape: (layers, Hkv, n); the buffer is made when a request first records selections.
         eos_ids: tokens that end a sample.
         graphs: pad to buckets, and capture steps where the device is CUDA.
     """
 
     def __init__(
         self, model: NSAForCausalLM, cache: NSACache, *, max_sequences: int, max_tokens: int, num_columns: int,
-        selection_shape: tuple[int, int, int] | None, selection_dtype: torch.dtype, eos_ids: tuple[int, ...], graphs: bool,
+        selection_shape: tuple[int, int, int], selection_dtype: torch.dtype, eos_ids: tuple[int, ...], graphs: bool,
     ) -> None:  # fmt: skip
         self.model, self.cache = model, cache
         self.max_sequences, self.max_tokens, self.num_columns, self.num_rows = max_sequences, max_tokens, num_columns, 0
-        self.records = selection_shape is not None
+        self.records = False
         self.device = model.lm_head.weight.device
         self._dynamic = self.device.type == "cpu"  # there a host synchronisation costs nothing and saves work
         self._pads = graphs
@@ -78,16 +78,15 @@ class DecodeBatch:
         # The last slot and the last column are scratch: padding and done rows write there.
         self._tokens = torch.zeros(rows + 1, max_tokens + 1, dtype=torch.int64, device=self.device)
         self._logprobs = torch.zeros(rows + 1, max_tokens + 1, dtype=torch.float32, device=self.device)
-        self._selections = None
-        if selection_shape is not None:
-            self._selections = torch.zeros(rows + 1, max_tokens + 1, *selection_shape, dtype=selection_dtype, device=self.device)
+        self._selections: Tensor | None = None
+        self._selection_shape, self._selection_dtype = selection_shape, selection_dtype
         self._truncates = False
         self._free_slots: list[int] = []
         self.reset()
 
     def has_room(self, sampling: Sampling, num_columns: int) -> bool:
         """Whether a request with rows of `num_columns` pages can use this batch."""
-        return self.max_tokens >= sampling.max_tokens and self.num_columns >= num_columns and self.records == sampling.record_selection
+        return self.max_tokens >= sampling.max_tokens and self.num_columns >= num_columns
 
     def configure(self, sampling: Sampling, candidate_ids_V: Tensor) -> None:
         """Settings of the coming request; `candidate_ids_V` bool: tokens after which the host looks for stop strings."""
@@ -98,6 +97,10 @@ class DecodeBatch:
         self._limit.fill_(sampling.max_tokens)
         self._is_candidate.copy_(candidate_ids_V)
         self._truncates = sampling.top_p < 1 or sampling.top_k > 0
+        self.records = sampling.record_selection
+        if self.records and self._selections is None:
+            shape = (self.max_sequences + 1, self.max_tokens + 1, *self._selection_shape)
+            self._selections = torch.zeros(shape, dtype=self._selection_dtype, device=self.device)
 
     def reset(self) -> None:
         """Forget all rows."""
@@ -135,7 +138,7 @@ class DecodeBatch:
         if self._graphs is None:
             self._step(rows, columns)
         else:
-            self._graphs.run((rows, columns, self._truncates), lambda: self._step(rows, columns))
+            self._graphs.run((rows, columns, self._truncates, self.records), lambda: self._step(rows, columns))
 
     def _step(self, rows: int, columns: int) -> None:
         part = slice(0, rows)
@@ -143,7 +146,8 @@ class DecodeBatch:
         out = self.model.model.decode_step(
             state["token"], self._table[part, :columns], state["length"] + 1, self.cache.layers, dynamic=self._dynamic, return_selection=self.records
         )
-        if self._selections is not None:
+        if self.records:
+            assert self._selections is not None
             assert out.selection is not None
             column = torch.where(state["done"], self.max_tokens, state["count"] - 1)
             self._selections.index_put_((state["slot"], column), out.selection.to(self._selections.dtype))
@@ -182,8 +186,9 @@ class DecodeBatch:
 
     def read_selection(self, slot: int, length: int) -> Tensor | None:
         """`[length, layers, Hkv, n]`; the last token counts as not fed, whether it has been or not."""
-        if self._selections is None:
+        if not self.records:
             return None
+        assert self._selections is not None
         selection = self._selections[slot, :length]
         selection[-1] = RECOMPUTE
         return selection
@@ -204,15 +209,19 @@ class DecodeBatch:
         return torch.tensor(values, dtype=torch.int64).to(self.device)
 
 
+GraphKey = tuple[int, int, bool, bool]
+"""Rows, page columns, whether draws are truncated, whether selections are recorded."""
+
+
 class CudaGraphs:
     """Captured steps by key, in one memory pool."""
 
     def __init__(self) -> None:
-        self._warm: set[tuple[int, int, bool]] = set()
-        self._graphs: dict[tuple[int, int, bool], torch.cuda.CUDAGraph] = {}
+        self._warm: set[GraphKey] = set()
+        self._graphs: dict[GraphKey, torch.cuda.CUDAGraph] = {}
         self._pool = torch.cuda.graph_pool_handle()
 
-    def run(self, key: tuple[int, int, bool], step: Callable[[], None]) -> None:
+    def run(self, key: GraphKey, step: Callable[[], None]) -> None:
         """Run a step: eagerly the first time, from a graph afterwards. Capturing executes nothing."""
         if key not in self._warm:
             step()

@@ -178,9 +178,7 @@ class TorchEngine:
             max_sequences=self._max_sequences,
             max_tokens=max(sampling.max_tokens, batch.max_tokens if batch else 0),
             num_columns=max(columns, batch.num_columns if batch else 0),
-            selection_shape=(self.config.num_hidden_layers, self.config.num_key_value_heads, self.config.num_selected_blocks)
-            if sampling.record_selection
-            else None,
+            selection_shape=(self.config.num_hidden_layers, self.config.num_key_value_heads, self.config.num_selected_blocks),
             selection_dtype=selection_dtype(self.config.max_position_embeddings, self.config.sparsity),
             eos_ids=self._eos_ids,
             graphs=self._cuda_graphs and self.device.type == "cuda",

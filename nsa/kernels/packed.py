@@ -1,0 +1,162 @@
+"""`nsa_attention` on the Triton kernels: one operator forward, one backward.
+
+    k, v of the compression branch ─ compress (φ) ─▶ kc, vc ─┐
+    q ─────────── compression attention ─ lse ─▶ block choice ┴─▶ selected attention ─▶ window ─▶ out
+
+Each branch adds gate · its output to `out`; branch outputs are kept only where a backward pass follows (the gates'
+gradients need them). Both are custom operators with fake implementations, so that `torch.compile` traces around them.
+Leaves out how rows are tiled (tiles.py) and every kernel.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nsa.attention import BranchKV, Phi
+from nsa.blocks import selection_dtype
+from nsa.config import SparsityConfig
+from nsa.kernels.banded import Band, banded_backward, banded_forward
+from nsa.kernels.compress import compress
+from nsa.kernels.gating import gate_backward
+from nsa.kernels.scoring import choose_blocks
+from nsa.kernels.selected import selected_backward, selected_forward
+from nsa.kernels.tiles import KernelPlan
+from nsa.packing import gather_rows
+
+SETTINGS = (
+    "compress_block_size", "compress_stride", "select_block_size", "num_selected_blocks", "window_size", "num_init_blocks", "num_local_blocks",
+)  # fmt: skip
+KEPT = 7
+"""Tensors that the forward operator returns for the backward one: selection, three branch outputs, three log-sum-exps."""
+
+
+@lru_cache(maxsize=64)
+def _plan(query_ends: tuple[int, ...], key_ends: tuple[int, ...], settings: tuple[int, ...], device: torch.device) -> KernelPlan:
+    """The plan an operator's plain arguments stand for; one batch asks for it once a layer."""
+    config = SparsityConfig(**dict(zip(SETTINGS, settings, strict=True)))
+    return KernelPlan(torch.tensor(query_ends), torch.tensor(key_ends), config=config, device=device)
+
+
+def _plan_of(query_ends: Tensor, key_ends: Tensor, settings: list[int], device: torch.device) -> KernelPlan:
+    return _plan(tuple(query_ends.tolist()), tuple(key_ends.tolist()), tuple(settings), device)
+
+
+def _replayed(chosen: Tensor, given: Tensor) -> Tensor:
+    """`given`, but for the rows that begin with −2: those as chosen here."""
+    return torch.where(given[..., :1] == -2, chosen, given.to(chosen.dtype))
+
+
+@torch.library.custom_op("nsa_grpo::sparse_attention", mutates_args=())
+def sparse_attention(
+    q: Tensor, kc: Tensor, vc: Tensor, k_slc: Tensor, v_slc: Tensor, k_win: Tensor, v_win: Tensor, gates: Tensor, selection: Tensor | None,
+    query_ends: Tensor, key_ends: Tensor, settings: list[int], scale: float, keep: bool,
+) -> list[Tensor]:  # fmt: skip
+    """Output `[T, Hq, Dv]` and the KEPT tensors (branch outputs empty unless `keep`).
+
+    Args:
+        kc, vc: compressed tokens `[C, Hkv, …]`; the others as in `nsa_attention`. query_ends, key_ends: int `[N+1]`, on
+            the CPU. settings: SETTINGS of the configuration.
+    """
+    plan = _plan_of(query_ends, key_ends, settings, q.device)
+    config = plan.config
+    out = q.new_empty(*q.shape[:2], v_slc.shape[2])
+    gate = gates.unbind(-1)
+    common: dict[str, Any] = {"scale": scale, "out": out, "keep": keep}
+    out_cmp, lse_cmp = banded_forward(q, kc, vc, Band("compression", plan, config), gate=gate[0], accumulate=False, **common)
+    if selection is None:
+        chosen = choose_blocks(q, kc, lse_cmp, plan, config, scale=scale)
+    elif bool((selection[..., 0] == -2).any()):
+        chosen = _replayed(choose_blocks(q, kc, lse_cmp, plan, config, scale=scale), selection)
+    else:
+        chosen = selection.to(torch.int32, copy=True)
+    out_slc, lse_slc = selected_forward(q, k_slc, v_slc, chosen, plan, config, gate=gate[1], accumulate=True, **common)
+    out_win, lse_win = banded_forward(q, k_win, v_win, Band("window", plan, config), gate=gate[2], accumulate=True, **common)
+    none = q.new_empty(0)
+    return [out, chosen, *(none if x is None else x for x in (out_cmp, out_slc, out_win)), lse_cmp, lse_slc, lse_win]
+
+
+@sparse_attention.register_fake
+def _(
+    q: Tensor, kc: Tensor, vc: Tensor, k_slc: Tensor, v_slc: Tensor, k_win: Tensor, v_win: Tensor, gates: Tensor, selection: Tensor | None,
+    query_ends: Tensor, key_ends: Tensor, settings: list[int], scale: float, keep: bool,
+) -> list[Tensor]:  # fmt: skip
+    num_queries, num_heads = q.shape[:2]
+    out = q.new_empty(num_queries, num_heads, v_slc.shape[2])
+    chosen = q.new_empty(num_queries, k_slc.shape[1], settings[SETTINGS.index("num_selected_blocks")], dtype=torch.int32)
+    branches = [torch.empty_like(out) if keep else q.new_empty(0) for _ in range(3)]
+    return [out, chosen, *branches, *(q.new_empty(num_queries, num_heads, dtype=torch.float32) for _ in range(3))]
+
+
+@torch.library.custom_op("nsa_grpo::sparse_attention_backward", mutates_args=())
+def sparse_attention_backward(
+    d_out: Tensor, q: Tensor, kc: Tensor, vc: Tensor, k_slc: Tensor, v_slc: Tensor, k_win: Tensor, v_win: Tensor, gates: Tensor, kept: list[Tensor],
+    query_ends: Tensor, key_ends: Tensor, settings: list[int], scale: float,
+) -> list[Tensor]:  # fmt: skip
+    """Gradients of q, kc, vc, k_slc, v_slc, k_win, v_win and gates."""
+    plan = _plan_of(query_ends, key_ends, settings, q.device)
+    config = plan.config
+    chosen, out_cmp, out_slc, out_win, lse_cmp, lse_slc, lse_win = kept
+    d_gates, delta = gate_backward(d_out, gates, (out_cmp, out_slc, out_win))
+    gate, deltas = gates.unbind(-1), delta.unbind(-1)
+    dq = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
+    dkc, dvc = banded_backward(d_out, q, kc, vc, lse_cmp, deltas[0], gate[0], Band("compression", plan, config), scale=scale, dq=dq)
+    dk_slc, dv_slc = selected_backward(d_out, q, k_slc, v_slc, chosen, lse_slc, deltas[1], gate[1], plan, config, scale=scale, dq=dq)
+    dk_win, dv_win = banded_backward(d_out, q, k_win, v_win, lse_win, deltas[2], gate[2], Band("window", plan, config), scale=scale, dq=dq)
+    return [dq.to(q.dtype, copy=True), dkc, dvc, dk_slc, dv_slc, dk_win, dv_win, d_gates]
+
+
+@sparse_attention_backward.register_fake
+def _(
+    d_out: Tensor, q: Tensor, kc: Tensor, vc: Tensor, k_slc: Tensor, v_slc: Tensor, k_win: Tensor, v_win: Tensor, gates: Tensor, kept: list[Tensor],
+    query_ends: Tensor, key_ends: Tensor, settings: list[int], scale: float,
+) -> list[Tensor]:  # fmt: skip
+    return [torch.empty_like(x) for x in (q, kc, vc, k_slc, v_slc, k_win, v_win, gates)]
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    *tensors, _, query_ends, key_ends, settings, scale, keep = inputs
+    if not keep:
+        raise RuntimeError("sparse_attention was called with keep=False on tensors that need a gradient")
+    ctx.save_for_backward(*tensors, *output[1:])
+    ctx.rest = query_ends, key_ends, settings, scale
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _backward(ctx: Any, gradients: list[Tensor]) -> tuple[Any, ...]:
+    saved = ctx.saved_tensors
+    tensors, kept = saved[:-KEPT], list(saved[-KEPT:])
+    return (*sparse_attention_backward(gradients[0].contiguous(), *tensors, kept, *ctx.rest), *[None] * 6)
+
+
+sparse_attention.register_autograd(_backward, setup_context=_setup)
+
+
+def packed_attention(
+    q: Tensor, kv: BranchKV, gates: Tensor, *, phi: Phi | None, plan: KernelPlan, selection: Tensor | None, return_selection: bool, scale: float,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    """`nsa_attention` on the kernels; see there. `plan` holds the configuration."""
+    config = plan.config
+    if plan.num_queries != q.shape[0] or plan.num_key_rows != kv.slc[0].shape[0]:
+        raise ValueError(f"cu_seqlens counts {plan.num_queries} queries and {plan.num_key_rows} keys, got {q.shape[0]} and {kv.slc[0].shape[0]}")
+    tensors: dict[int, Tensor] = {}
+    for pair in (kv.cmp, kv.slc, kv.win):
+        for tensor in pair:
+            if id(tensor) not in tensors:
+                cast = tensor.to(q.dtype)
+                tensors[id(tensor)] = cast if plan.key_rows is None else gather_rows(cast, plan.key_rows, plan.key_places)
+    (k_cmp, v_cmp), (k_slc, v_slc), (k_win, v_win) = ((tensors[id(k)], tensors[id(v)]) for k, v in (kv.cmp, kv.slc, kv.win))
+    dtype = selection_dtype(plan.max_key_length, config)
+    if plan.num_queries == 0:
+        out = q.new_zeros(0, q.shape[1], v_slc.shape[2])
+        return (out, torch.zeros(0, k_slc.shape[1], config.num_selected_blocks, dtype=dtype, device=q.device)) if return_selection else out
+    with torch.autocast(q.device.type, enabled=False):
+        kc, vc = (compress(x, weights, plan, config) for x, weights in ((k_cmp, phi.k if phi else None), (v_cmp, phi.v if phi else None)))
+        inputs = (q, kc, vc, k_slc, v_slc, k_win, v_win, gates)
+        keep = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+        settings = [getattr(config, name) for name in SETTINGS]
+        out, chosen, *_ = sparse_attention(*inputs, selection, plan.host_query_ends, plan.host_key_ends, settings, scale, keep)
+    return (out, chosen.to(dtype)) if return_selection else out

@@ -1,0 +1,82 @@
+"""Which rows of a packed batch each program of a kernel works on.
+
+A `KernelPlan` is made once per batch from the sequences' lengths on the host and shared by all layers; its tables go to
+the device once. Query, key and compressed tiles never cross a sequence border. Leaves out what is computed in a tile.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+
+from nsa.blocks import num_compressed
+from nsa.config import SparsityConfig
+from nsa.packing import all_places, checked_ends
+
+
+class KernelPlan:
+    """The rows of N packed sequences, for the kernels.
+
+    Args:
+        query_ends: int `[N+1]`, cumulative numbers of queries. key_ends: the same for keys (None: equal); a sequence's
+            queries are the last of its keys.
+        config: the sparsity settings (they say how many compressed tokens a sequence has).
+        device: where the tables go.
+        key_index: which row of the tensors at hand each key is, where sequences share rows (`SharedPrefix.key_rows`).
+
+    Attributes (int32 on `device`): `query_ends`, `key_ends`, `compressed_ends` `[N+1]`; with `key_index` also
+    `key_rows` `[Tk]` and `key_places` `[rows, M]` for `nsa.packing.gather_rows`. On the host: `host_query_ends`,
+    `host_key_ends`, `num_queries`, `num_keys`, `num_key_rows`, `num_compressed`, `max_key_length`, `num_sequences`.
+
+    Raises:
+        ValueError: not non-decreasing sequences from 0, or a sequence with fewer keys than queries.
+    """
+
+    def __init__(
+        self,
+        query_ends: torch.Tensor,
+        key_ends: torch.Tensor | None,
+        *,
+        config: SparsityConfig,
+        device: torch.device,
+        key_index: torch.Tensor | None = None,
+    ) -> None:
+        self.config = config
+        self.host_query_ends, self.host_key_ends = checked_ends(query_ends, key_ends)
+        queries, keys = self.host_query_ends.tolist(), self.host_key_ends.tolist()
+        self._query_lengths = [b - a for a, b in itertools.pairwise(queries)]
+        self._key_lengths = [b - a for a, b in itertools.pairwise(keys)]
+        self._compressed_lengths = [num_compressed(length, config) for length in self._key_lengths]
+        compressed = torch.tensor([0, *self._compressed_lengths]).cumsum(0)
+        self.device, self.num_sequences = device, len(self._query_lengths)
+        self.num_queries, self.num_keys, self.num_compressed = queries[-1], keys[-1], int(compressed[-1])
+        self.max_key_length = max(self._key_lengths, default=0)
+        ends = torch.stack([self.host_query_ends, self.host_key_ends, compressed]).to(torch.int32).to(device, non_blocking=True)
+        self.query_ends, self.key_ends, self.compressed_ends = ends
+        self.num_key_rows = self.num_keys if key_index is None else self.num_queries
+        self.key_rows = None if key_index is None else key_index.to(device)
+        self.key_places = None if key_index is None else all_places(key_index, torch.arange(len(key_index))).to(device)
+        self._tables: dict[tuple[str, int], torch.Tensor] = {}
+
+    def query_tiles(self, size: int) -> torch.Tensor:
+        """int32 `[tiles, 2]`: (sequence, first query of the tile counted in its sequence), those that see most keys first."""
+        offsets = [key - query for key, query in zip(self._key_lengths, self._query_lengths)]
+        return self._table("query", size, self._query_lengths, offsets, last_first=True)
+
+    def key_tiles(self, size: int) -> torch.Tensor:
+        """int32 `[tiles, 2]`: (sequence, first key of the tile counted in its sequence), those seen by most queries first."""
+        return self._table("key", size, self._key_lengths, self._key_lengths, last_first=False)
+
+    def compressed_tiles(self, size: int) -> torch.Tensor:
+        """int32 `[tiles, 2]`: (sequence, first compressed token of the tile counted in its sequence), as `key_tiles`."""
+        return self._table("compressed", size, self._compressed_lengths, self._compressed_lengths, last_first=False)
+
+    def _table(self, kind: str, size: int, lengths: list[int], weights: list[int], *, last_first: bool) -> torch.Tensor:
+        key = (kind, size)
+        if key not in self._tables:
+            tiles = [(sequence, start) for sequence, length in enumerate(lengths) for start in range(0, length, size)]
+            tiles.sort(key=lambda tile: -(weights[tile[0]] + tile[1]) if last_first else tile[1] - weights[tile[0]])
+            table = torch.tensor(tiles, dtype=torch.int32).view(-1, 2)
+            self._tables[key] = table.to(self.device, non_blocking=True)
+        return self._tables[key]

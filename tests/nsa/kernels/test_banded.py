@@ -1,0 +1,207 @@
+"""Band kernels against dense fp64 attention written from the visibility rule."""
+
+import itertools
+
+import pytest
+import torch
+
+from nsa.config import SparsityConfig
+from nsa.kernels import banded
+from nsa.kernels.banded import Band, banded_backward, banded_forward
+from nsa.kernels.tiles import KernelPlan
+from nsa.testing import relative_rms
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SMALL = SparsityConfig(compress_block_size=8, compress_stride=4, select_block_size=8, num_selected_blocks=4, window_size=6, compressor="mean")
+WIDE = SparsityConfig(compress_block_size=4, compress_stride=4, select_block_size=8, num_selected_blocks=4, window_size=40, compressor="mean")
+
+
+def ends(lengths):
+    return torch.tensor([0, *lengths]).cumsum(0)
+
+
+def make_plan(key_lengths, query_lengths, config):
+    return KernelPlan(ends(query_lengths), ends(key_lengths), config=config, device=torch.device(DEVICE))
+
+
+def seen(kind, config, num_queries, num_keys, count):
+    """bool `[num_queries, count]`: does query t, at position t + num_keys − num_queries, see key i of the band."""
+    position = torch.arange(num_queries)[:, None] + num_keys - num_queries
+    key = torch.arange(count)
+    if kind == "compression":
+        return key * config.compress_stride + config.compress_block_size - 1 <= position
+    return (key <= position) & (key > position - config.window_size)
+
+
+def dense(q, k, v, gate, band, query_lengths, key_lengths, scale):
+    """Gated output, output and LSE in fp64, one sequence and head at a time."""
+    group = q.shape[1] // k.shape[1]
+    band_ends = band.key_ends.tolist()
+    outs, sums = [], []
+    for index, (rows, total) in enumerate(zip(query_lengths, key_lengths, strict=True)):
+        first = sum(query_lengths[:index])
+        keys = slice(band_ends[index], band_ends[index + 1])
+        mask = seen(band.kind, band.config, rows, total, keys.stop - keys.start)
+        out, lse = [], []
+        for head in range(q.shape[1]):
+            scores = (q[first : first + rows, head] @ k[keys, head // group].T * scale).masked_fill(~mask, -torch.inf)
+            sees = mask.any(dim=1, keepdim=True)
+            weights = torch.where(sees, scores, 0.0).softmax(dim=1) * sees
+            out.append(weights @ v[keys, head // group])
+            lse.append(scores.logsumexp(dim=1) if mask.shape[1] else scores.new_full((rows,), -torch.inf))
+        outs.append(torch.stack(out, dim=1))
+        sums.append(torch.stack(lse, dim=1))
+    out, lse = torch.cat(outs), torch.cat(sums)
+    return gate[..., None] * out, out, lse
+
+
+def draw(band, key_lengths, query_lengths, heads, group, key_dim, value_dim, dtype, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    count = int(band.key_ends[-1])
+    queries = sum(query_lengths)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    q, k, v = normal(queries, heads * group, key_dim), normal(count, heads, key_dim), normal(count, heads, value_dim)
+    gates = torch.rand(queries, heads * group, 3, generator=generator, dtype=torch.float64).to(dtype)
+    return q, k, v, gates, normal(queries, heads * group, value_dim)
+
+
+def check(kind, config, key_lengths, query_lengths, heads, group, key_dim, value_dim, dtype=torch.float32, bound=1e-5, accumulate=True):
+    """Forward and every gradient against autograd of `dense`."""
+    band = Band(kind, make_plan(key_lengths, query_lengths, config), config)
+    q, k, v, gates, d_out = draw(band, key_lengths, query_lengths, heads, group, key_dim, value_dim, dtype)
+    scale = key_dim**-0.5
+    exact = [x.double().requires_grad_() for x in (q, k, v, gates[..., 1])]
+    want, want_branch, want_lse = dense(*exact, band, query_lengths, key_lengths, scale)
+    grads = torch.autograd.grad(want, exact[:3], d_out.double())
+
+    q, k, v, gates, d_out = (x.to(DEVICE) for x in (q, k, v, gates, d_out))
+    gate = gates[..., 1]
+    start = torch.ones(*q.shape[:2], value_dim, dtype=dtype, device=DEVICE)
+    out = start.clone() if accumulate else torch.full_like(start, torch.nan)
+    branch, lse = banded_forward(q, k, v, band, scale=scale, gate=gate, out=out, accumulate=accumulate, keep=True)
+    assert relative_rms(out, want + (1.0 if accumulate else 0.0)) <= bound
+    assert relative_rms(branch, want_branch) <= bound
+    assert torch.equal(lse.isinf().cpu(), want_lse.isinf())
+    assert relative_rms(lse.nan_to_num(neginf=0.0), want_lse.nan_to_num(neginf=0.0)) <= bound
+
+    delta = torch.rand(*q.shape[:2], 3, dtype=torch.float32, device=DEVICE)
+    delta[..., 1] = gate.float() * (d_out.float() * want_branch.detach().float().to(DEVICE)).sum(-1)
+    dq = torch.ones(q.shape, dtype=torch.float32, device=DEVICE)
+    dk, dv = banded_backward(d_out, q, k, v, lse, delta[..., 1], gate, band, scale=scale, dq=dq)
+    assert dk.dtype == dv.dtype == dtype
+    for got, expected in zip((dq, dk, dv), (grads[0] + 1.0, *grads[1:]), strict=True):
+        assert relative_rms(got, expected) <= bound
+
+
+@pytest.mark.parametrize("kind", ["compression", "window"])
+@pytest.mark.parametrize(("group", "heads"), [(1, 2), (2, 1), (3, 1), (4, 2), (7, 1), (16, 1)])
+def test_matches_dense_attention_for_every_group_size(kind, group, heads):
+    lengths = [1, 63, 7, 111] if group < 4 else [1, 31, 7]
+    check(kind, SMALL, lengths, lengths, heads, group, 16, 16)
+
+
+@pytest.mark.parametrize("kind", ["compression", "window"])
+@pytest.mark.parametrize(("key_dim", "value_dim"), [(8, 16), (32, 8), (96, 64), (24, 48)])
+def test_matches_dense_attention_for_odd_head_dims(kind, key_dim, value_dim):
+    check(kind, SMALL, [63, 9], [63, 9], 1, 2, key_dim, value_dim)
+
+
+@pytest.mark.parametrize("kind", ["compression", "window"])
+@pytest.mark.parametrize("config", [SMALL, WIDE])
+def test_queries_may_be_the_last_tokens_of_longer_keys(kind, config):
+    check(kind, config, [150, 40, 9, 3], [20, 40, 1, 2], 1, 3, 16, 32, accumulate=False)
+
+
+@pytest.mark.parametrize("window", [1, 15, 64, 130])
+def test_window_widths(window):
+    config = SparsityConfig(
+        compress_block_size=8, compress_stride=4, select_block_size=8, num_selected_blocks=4, window_size=window, compressor="mean"
+    )  # fmt: skip
+    check("window", config, [200, 5], [200, 5], 1, 1, 16, 16)
+
+
+@pytest.mark.parametrize("kind", ["compression", "window"])
+def test_half_precision(kind):
+    check(kind, WIDE, [200, 63], [200, 63], 1, 2, 32, 32, dtype=torch.float16, bound=3e-3)
+
+
+@pytest.mark.parametrize("group", [1, 3])
+def test_long_sequences_are_split_into_chunks_of_queries(monkeypatch, group):
+    monkeypatch.setattr(banded, "MIN_CHUNK", 32)
+    check("compression", SMALL, [150, 40], [130, 40], 1, group, 16, 16)
+
+
+@pytest.mark.parametrize("kind", ["compression", "window"])
+def test_nan_outside_the_sequence_does_not_reach_it(kind):
+    """Sequences of NaN before and after one, with gates and gradients of NaN: the one between is bit-equal to itself alone."""
+    lengths, middle = [21, 50, 21], slice(21, 71)
+    band = Band(kind, make_plan(lengths, lengths, SMALL), SMALL)
+    alone = Band(kind, make_plan([50], [50], SMALL), SMALL)
+    q, k, v, gates, d_out = (x.to(DEVICE) for x in draw(band, lengths, lengths, 1, 3, 16, 16, torch.float32))
+    keys = slice(int(band.key_ends[1]), int(band.key_ends[2]))
+    for x in (q, gates, d_out):
+        x[: middle.start], x[middle.stop :] = torch.nan, torch.nan
+    for x in (k, v):
+        x[: keys.start], x[keys.stop :] = torch.nan, torch.nan
+    results = []
+    for one, rows, cols in ((band, middle, keys), (alone, slice(None), slice(None))):
+        part = slice(None) if one is band else middle
+        key_part = slice(None) if one is band else keys
+        arguments = (q[part], k[key_part], v[key_part])
+        out = torch.full((*arguments[0].shape[:2], 16), torch.nan, device=DEVICE)
+        branch, lse = banded_forward(*arguments, one, scale=0.25, gate=gates[part][..., 0], out=out, accumulate=False, keep=True)
+        delta = gates[part][..., 0] * (d_out[part] * branch).sum(-1)
+        dq = torch.zeros_like(arguments[0])
+        dk, dv = banded_backward(d_out[part], *arguments, lse, delta, gates[part][..., 0], one, scale=0.25, dq=dq)
+        results.append([out[rows], lse[rows], dq[rows], dk[cols], dv[cols]])
+    for got, expected in zip(*results, strict=True):
+        assert torch.equal(got, expected)
+        assert not got.isnan().any()
+
+
+def test_strided_inputs_and_an_unkept_branch():
+    band = Band("window", make_plan([40], [40], SMALL), SMALL)
+    q, k, v, gates, _ = (x.to(DEVICE) for x in draw(band, [40], [40], 2, 2, 16, 16, torch.float32))
+    outs = []
+    for query, key, value in ((q, k, v), (q.transpose(0, 1).contiguous().transpose(0, 1), k.transpose(1, 2).contiguous().transpose(1, 2), v)):
+        out = torch.empty_like(q)
+        branch, _ = banded_forward(query, key, value, band, scale=0.25, gate=gates[..., 2], out=out, accumulate=False, keep=False)
+        assert branch is None
+        outs.append(out)
+    assert torch.equal(*outs)
+
+
+def test_no_rows():
+    band = Band("compression", make_plan([3], [3], SMALL), SMALL)
+    q, k, v, gates, d_out = (x.to(DEVICE) for x in draw(band, [3], [3], 1, 2, 16, 16, torch.float32))
+    out = torch.full_like(q, torch.nan)
+    _, lse = banded_forward(q, k, v, band, scale=0.25, gate=gates[..., 0], out=out, accumulate=False, keep=True)
+    assert (out == 0).all() and (lse == -torch.inf).all()
+    dq = torch.zeros_like(q)
+    dk, dv = banded_backward(d_out, q, k, v, lse, torch.zeros_like(lse), gates[..., 0], band, scale=0.25, dq=dq)
+    assert dk.shape == dv.shape == (0, 1, 16) and (dq == 0).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["compression", "window"])
+@pytest.mark.parametrize(("heads", "group", "key_dim", "value_dim"), [(2, 16, 128, 128), (2, 4, 128, 128), (3, 3, 64, 64), (1, 8, 192, 128), (1, 2, 256, 256)])
+def test_bf16_on_the_gpu(kind, heads, group, key_dim, value_dim):
+    check(kind, SparsityConfig(compressor="mean"), [2000, 333], [2000, 300], heads, group, key_dim, value_dim, dtype=torch.bfloat16, bound=1e-2)
+
+
+@pytest.mark.gpu
+def test_runs_are_bit_equal_on_the_gpu():
+    config = SparsityConfig(compressor="mean")
+    for kind in ("compression", "window"):
+        band = Band(kind, make_plan([4096], [4096], config), config)
+        q, k, v, gates, d_out = (x.to(DEVICE) for x in draw(band, [4096], [4096], 2, 16, 128, 128, torch.bfloat16))
+        results = []
+        for _ in range(2):
+            out = torch.empty_like(q)
+            branch, lse = banded_forward(q, k, v, band, scale=0.1, gate=gates[..., 0], out=out, accumulate=False, keep=True)
+            dq = torch.zeros(q.shape, device=DEVICE)
+            results.append((out, branch, lse, dq, *banded_backward(d_out, q, k, v, lse, lse, gates[..., 0], band, scale=0.1, dq=dq)))
+        assert all(itertools.starmap(torch.equal, zip(*results, strict=True)))

@@ -1,0 +1,60 @@
+"""invert_selection against lists built by a plain loop."""
+
+import pytest
+import torch
+
+from nsa.config import SparsityConfig
+from nsa.kernels.inverse import invert_selection
+from nsa.kernels.tiles import KernelPlan
+from nsa.testing import cumulative
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def random_selection(lengths, query_lengths, num_kv_heads, config, seed=0):
+    """int32 `[T, Hkv, n]` of visible blocks, the query's own among them."""
+    generator = torch.Generator().manual_seed(seed)
+    n, rows = config.num_selected_blocks, []
+    for length, num_queries in zip(lengths, query_lengths):
+        for t in range(length - num_queries, length):
+            current = t // config.select_block_size
+            for _ in range(num_kv_heads):
+                others = torch.randperm(current, generator=generator)[: n - 1].tolist()
+                blocks = sorted([*others, current])
+                rows.append(blocks + [-1] * (n - len(blocks)))
+    return torch.tensor(rows, dtype=torch.int32).view(sum(query_lengths), num_kv_heads, n)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "query_lengths"), [([1], [1]), ([63, 1, 7, 111], [63, 1, 7, 111]), ([100, 63, 200], [100, 5, 33]), ([8, 0, 9], [8, 0, 9])]
+)
+@pytest.mark.parametrize("num_kv_heads", [1, 3])
+def test_lists(lengths, query_lengths, num_kv_heads):
+    config = SparsityConfig(compress_block_size=8, compress_stride=4, select_block_size=8, num_selected_blocks=5, compressor="mean")
+    plan = KernelPlan(cumulative(query_lengths), cumulative(lengths), config=config, device=torch.device(DEVICE))
+    selection = random_selection(lengths, query_lengths, num_kv_heads, config)
+    index = invert_selection(selection.to(DEVICE), plan, config)
+    counts = [-(-length // 8) for length in lengths]
+    assert index.num_blocks == sum(counts)
+    assert index.block_sequence.tolist() == [s for s, count in enumerate(counts) for _ in range(count)]
+    assert index.block_ends.tolist() == [sum(counts[:s]) for s in range(len(counts) + 1)]
+    lists = [[] for _ in range(num_kv_heads * sum(counts))]
+    row = 0
+    for s, num_queries in enumerate(query_lengths):
+        for _ in range(num_queries):
+            for h in range(num_kv_heads):
+                for block in selection[row, h].tolist():
+                    if block >= 0:
+                        lists[h * sum(counts) + sum(counts[:s]) + block].append(row)
+            row += 1
+    ends, queries = index.ends.tolist(), index.queries.tolist()
+    assert [queries[a:b] for a, b in zip(ends, ends[1:], strict=False)] == lists
+
+
+def test_more_lists_than_int16_counts():
+    config = SparsityConfig(compress_block_size=1, compress_stride=1, select_block_size=1, num_selected_blocks=3, compressor="mean")
+    plan = KernelPlan(cumulative([2]), cumulative([40000]), config=config, device=torch.device(DEVICE))
+    selection = torch.tensor([[[0, 39998, -1]], [[0, 39997, 39999]]], dtype=torch.int32, device=DEVICE)
+    index = invert_selection(selection, plan, config)
+    lists = {b: index.queries[index.ends[b] : index.ends[b + 1]].tolist() for b in (0, 39996, 39997, 39998, 39999)}
+    assert lists == {0: [0, 1], 39996: [], 39997: [1], 39998: [0], 39999: [1]}
