@@ -68,15 +68,14 @@ class Blocks:
 
 
 def choose_blocks(kernel: Literal["forward", "dq", "dkdv"], width: int, dtype: torch.dtype) -> Blocks:
-    """The settings measured or reasoned best for head dims up to `width` (a power of two) and a dtype."""
+    """The settings for head dims up to `width` (a power of two) and a dtype; those for 128 were swept on an H100 (scripts/bench/RESULTS.md)."""
     if dtype == torch.float32:
-        rows = {"forward": 64, "dq": 32, "dkdv": 32}[kernel]
-        return Blocks(rows, 32, 4, 2 if width <= 64 else 1)
+        return Blocks(32, 32, 4, 2 if width <= 64 else 1)
     if kernel == "forward":
-        return Blocks(128, 128, 8, 2) if width <= 64 else Blocks(128, 128, 8, 2) if width <= 128 else Blocks(128, 64, 8, 2)
+        return Blocks(64, 64, 4, 3) if width <= 128 else Blocks(128, 64, 8, 2)
     if kernel == "dq":
-        return Blocks(128, 128, 8, 2) if width <= 64 else Blocks(128, 64, 8, 2) if width <= 128 else Blocks(64, 64, 8, 1)
-    return Blocks(64, 128, 8, 3) if width <= 64 else Blocks(64, 128, 8, 2) if width <= 128 else Blocks(64, 64, 8, 1)
+        return Blocks(128, 64, 8, 3) if width <= 128 else Blocks(64, 64, 8, 1)
+    return Blocks(64, 128, 8, 3) if width <= 128 else Blocks(32, 64, 8, 2)
 
 
 @triton.jit
@@ -311,7 +310,16 @@ def dq_kernel(
 
 @triton.jit
 def query_range(
-    first, last, ahead, num_queries, chunk, STRIDE: tl.constexpr, OFFSET: tl.constexpr, WINDOW: tl.constexpr, QUERIES: tl.constexpr, SPLIT: tl.constexpr
+    first,
+    last,
+    ahead,
+    num_queries,
+    chunk,
+    STRIDE: tl.constexpr,
+    OFFSET: tl.constexpr,
+    WINDOW: tl.constexpr,
+    QUERIES: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):
     """Queries of a chunk that see keys first … last: begin, end of the masked tiles, end of the full ones, end.
 
@@ -333,7 +341,8 @@ def query_range(
 
 @triton.jit
 def gather_dkdv(
-    d_key, d_value, key, value, keys, q, d_out, stats, stride_q, stride_qh, stride_do, stride_doh, stride_s, stats_size, begin, end, limit, ahead, scale,
+    d_key, d_value, key, value, keys, q, d_out, stats, stride_q, stride_qh, stride_do, stride_doh, stride_s, stats_size, begin, end, limit,
+    ahead, scale,
     DK: tl.constexpr, DV: tl.constexpr, WIDTH_K: tl.constexpr, WIDTH_V: tl.constexpr, GROUP: tl.constexpr,
     STRIDE: tl.constexpr, OFFSET: tl.constexpr, WINDOW: tl.constexpr,
     ROWS: tl.constexpr, QUERIES: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
@@ -343,16 +352,13 @@ def gather_dkdv(
         row = tl.cast(start, tl.int64)
         valid = valid_rows(start, limit, GROUP, QUERIES, ROWS)
         query = load_tile(q + row * stride_q, row_offsets(stride_q, stride_qh, GROUP, ROWS), valid, DK, WIDTH_K, MASKED or QUERIES * GROUP != ROWS)
-        d_rows = load_tile(d_out + row * stride_do, row_offsets(stride_do, stride_doh, GROUP, ROWS), valid, DV, WIDTH_V, MASKED or QUERIES * GROUP != ROWS)
+        d_rows = load_tile(
+            d_out + row * stride_do, row_offsets(stride_do, stride_doh, GROUP, ROWS), valid, DV, WIDTH_V, MASKED or QUERIES * GROUP != ROWS
+        )
         at = stats + row * stride_s + row_offsets(stride_s, 1, GROUP, ROWS)
-        if MASKED or QUERIES * GROUP != ROWS:
-            shift = tl.load(at, mask=valid, other=float("inf"))
-            delta = tl.load(at + stats_size, mask=valid, other=0.0)
-            gate = tl.load(at + 2 * stats_size, mask=valid, other=0.0)
-        else:
-            shift = tl.load(at)
-            delta = tl.load(at + stats_size)
-            gate = tl.load(at + 2 * stats_size)
+        shift = tl.load(at, mask=valid, other=float("inf"))
+        delta = tl.load(at + stats_size, mask=valid, other=0.0)
+        gate = tl.load(at + 2 * stats_size, mask=valid, other=0.0)
         scores = tl.dot(key, tl.trans(query), input_precision=PRECISION) * scale - shift[None, :]
         if MASKED:
             positions = ahead + start + tl.arange(0, ROWS) // GROUP
@@ -381,7 +387,7 @@ def dkdv_kernel(
     ahead = tl.load(TokenEnds + sequence + 1) - tl.load(TokenEnds + sequence) - num_queries
     last = tl.minimum(start + KEYS, num_keys) - 1
     begin, masked_end, full_end, end = query_range(start, last, ahead, num_queries, chunk, STRIDE, OFFSET, WINDOW, QUERIES, SPLIT)
-    if SPLIT > 0:
+    if SPLIT > 0:  # noqa: SIM102 (one is known when compiled, the other is not)
         if begin >= end:
             return
     base = tl.cast(first_key, tl.int64)
@@ -393,16 +399,16 @@ def dkdv_kernel(
 
     d_key, d_value = tl.zeros([KEYS, WIDTH_K], tl.float32), tl.zeros([KEYS, WIDTH_V], tl.float32)
     d_key, d_value = gather_dkdv(
-        d_key, d_value, key, value, keys, q, d_out, stats, stride_q, stride_qh, stride_do, stride_doh, stride_s, stats_size, begin, masked_end, end,
-        ahead, score_scale, DK, DV, WIDTH_K, WIDTH_V, GROUP, STRIDE, OFFSET, WINDOW, ROWS, QUERIES, True, PRECISION,
+        d_key, d_value, key, value, keys, q, d_out, stats, stride_q, stride_qh, stride_do, stride_doh, stride_s, stats_size, begin, masked_end,
+        end, ahead, score_scale, DK, DV, WIDTH_K, WIDTH_V, GROUP, STRIDE, OFFSET, WINDOW, ROWS, QUERIES, True, PRECISION,
     )  # fmt: skip
     d_key, d_value = gather_dkdv(
-        d_key, d_value, key, value, keys, q, d_out, stats, stride_q, stride_qh, stride_do, stride_doh, stride_s, stats_size, masked_end, full_end, end,
-        ahead, score_scale, DK, DV, WIDTH_K, WIDTH_V, GROUP, STRIDE, OFFSET, WINDOW, ROWS, QUERIES, False, PRECISION,
+        d_key, d_value, key, value, keys, q, d_out, stats, stride_q, stride_qh, stride_do, stride_doh, stride_s, stats_size, masked_end, full_end,
+        end, ahead, score_scale, DK, DV, WIDTH_K, WIDTH_V, GROUP, STRIDE, OFFSET, WINDOW, ROWS, QUERIES, False, PRECISION,
     )  # fmt: skip
     d_key, d_value = gather_dkdv(
-        d_key, d_value, key, value, keys, q, d_out, stats, stride_q, stride_qh, stride_do, stride_doh, stride_s, stats_size, full_end, end, end,
-        ahead, score_scale, DK, DV, WIDTH_K, WIDTH_V, GROUP, STRIDE, OFFSET, WINDOW, ROWS, QUERIES, True, PRECISION,
+        d_key, d_value, key, value, keys, q, d_out, stats, stride_q, stride_qh, stride_do, stride_doh, stride_s, stats_size, full_end, end,
+        end, ahead, score_scale, DK, DV, WIDTH_K, WIDTH_V, GROUP, STRIDE, OFFSET, WINDOW, ROWS, QUERIES, True, PRECISION,
     )  # fmt: skip
 
     rows, dims_k, dims_v = base + keys, tl.arange(0, WIDTH_K), tl.arange(0, WIDTH_V)
@@ -416,8 +422,8 @@ def dkdv_kernel(
 @triton.jit
 def add_chunks_kernel(
     Parts, Out, Tiles, QueryEnds, TokenEnds, KeyEnds, stride_p, stride_ph, stride_pc, stride_o, stride_oh, num_chunks,
-    DIM: tl.constexpr, WIDTH: tl.constexpr, STRIDE: tl.constexpr, OFFSET: tl.constexpr, WINDOW: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
-    SPLIT: tl.constexpr,
+    DIM: tl.constexpr, WIDTH: tl.constexpr, STRIDE: tl.constexpr, OFFSET: tl.constexpr, WINDOW: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """Adds up, in order, the partial sums that `dkdv_kernel` wrote for one key tile."""
     sequence, start = tl.load(Tiles + 2 * tl.program_id(0)), tl.load(Tiles + 2 * tl.program_id(0) + 1)
@@ -444,7 +450,9 @@ def rows_contiguous(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def tile_settings(kernel: Literal["forward", "dq", "dkdv"], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, band: Band) -> tuple[dict[str, int], dict[str, int | str]]:
+def tile_settings(
+    kernel: Literal["forward", "dq", "dkdv"], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, band: Band
+) -> tuple[dict[str, int], dict[str, int | str]]:
     """Launch settings (num_warps, num_stages) and the constants that describe a kernel's tiles."""
     key_dim, value_dim, group = k.shape[2], v.shape[2], q.shape[1] // k.shape[1]
     width_k, width_v = (max(16, triton.next_power_of_2(dim)) for dim in (key_dim, value_dim))
@@ -463,7 +471,8 @@ def tile_settings(kernel: Literal["forward", "dq", "dkdv"], q: torch.Tensor, k: 
 
 
 def banded_forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, band: Band, *, scale: float, gate: torch.Tensor, out: torch.Tensor, accumulate: bool, keep: bool
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, band: Band,
+    *, scale: float, gate: torch.Tensor, out: torch.Tensor, accumulate: bool, keep: bool,
 ) -> tuple[torch.Tensor | None, torch.Tensor]:  # fmt: skip
     """Attention over a band; `gate · o` is written to `out`, or added to it.
 
@@ -536,6 +545,6 @@ def banded_backward(
             add_chunks_kernel[(tiles.shape[0], num_heads)](
                 part, total, tiles, *ends, part.stride(1), part.stride(2), part.stride(0), *total.stride()[:2], num_chunks,
                 DIM=constants[f"D{name}"], WIDTH=constants[f"WIDTH_{name}"], **band.geometry, QUERIES=constants["QUERIES"], KEYS=constants["KEYS"],
-                SPLIT=MIN_CHUNK,
+                SPLIT=MIN_CHUNK, num_warps=8,
             )  # fmt: skip
     return d_key, d_value

@@ -45,7 +45,7 @@ class Layout:
 
 @triton.jit
 def owner(rows, Ends, num_sequences, EXTRA: tl.constexpr):
-    """The last sequence s with Ends[s] + s·EXTRA <= row, by bisection."""
+    """The last sequence s with Ends[s] + s·EXTRA <= row, by bisection. (A constant number of sequences, 1, does not compile: see the callers.)"""
     low = tl.zeros_like(rows)
     size = num_sequences
     while size > 1:
@@ -56,7 +56,7 @@ def owner(rows, Ends, num_sequences, EXTRA: tl.constexpr):
     return low
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_sequences"])
 def pool_kernel(
     X, Out, TokenEnds, CompressedEnds, num_sequences, num_rows, stride_x, stride_xh, stride_o, stride_oh,
     DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr, ROWS: tl.constexpr,
@@ -75,7 +75,7 @@ def pool_kernel(
     tl.store(out, (acc / BLOCK).to(Out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_sequences"])
 def pack_kernel(
     X, Packed, TokenEnds, CompressedEnds, num_sequences, num_chunks, num_heads, stride_x, stride_xh,
     DIM: tl.constexpr, WIDTH: tl.constexpr, STRIDE: tl.constexpr, RATIO: tl.constexpr, ROWS: tl.constexpr,
@@ -94,7 +94,7 @@ def pack_kernel(
     tl.store(Packed + at[:, None] * DIM + dims[None, :], tile, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_sequences"])
 def activate_kernel(
     Parts, Bias, Hidden, Active, CompressedEnds, num_sequences, num_rows, num_heads,
     SIZE: tl.constexpr, RATIO: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -115,7 +115,7 @@ def activate_kernel(
     tl.store(Active + at, (hidden * tl.sigmoid(hidden)).to(Active.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_sequences"])
 def activate_backward_kernel(
     DActive, Hidden, DParts, CompressedEnds, num_sequences, num_rows, num_heads,
     SIZE: tl.constexpr, RATIO: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -139,7 +139,7 @@ def activate_backward_kernel(
     tl.store(out, d_hidden.to(DParts.dtype.element_ty), mask=inside[:, None] & (columns < SIZE)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_sequences"])
 def scatter_kernel(
     DOut, DPacked, DX, TokenEnds, CompressedEnds, num_sequences, num_tokens, num_heads, stride_do, stride_doh, stride_dx, stride_dxh,
     DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr, RATIO: tl.constexpr, ROWS: tl.constexpr, MLP: tl.constexpr,
@@ -188,7 +188,17 @@ def pack(x: torch.Tensor, layout: Layout) -> torch.Tensor:
     packed = torch.empty(layout.num_chunks * heads, layout.stride * dim, dtype=x.dtype, device=x.device)
     size = tile_rows(width)
     pack_kernel[(triton.cdiv(layout.num_chunks * layout.stride, size), heads)](
-        x, packed, *layout.arguments, layout.num_chunks, heads, *x.stride()[:2], DIM=dim, WIDTH=width, STRIDE=layout.stride, RATIO=layout.ratio, ROWS=size
+        x,
+        packed,
+        *layout.arguments,
+        layout.num_chunks,
+        heads,
+        *x.stride()[:2],
+        DIM=dim,
+        WIDTH=width,
+        STRIDE=layout.stride,
+        RATIO=layout.ratio,
+        ROWS=size,
     )
     return packed
 

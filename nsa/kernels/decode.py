@@ -39,19 +39,24 @@ MIN_PROGRAMS = 512
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeTiles:
-    """Tile sizes of the four kernels. Results depend on `leaf`, `rows` and `warps` by rounding, on the others not at all."""
+    """Tile sizes of the four kernels. Results depend on `leaf`, `block_tile`, `rows` and `warps` by rounding, else not at all."""
 
     leaf: int
     """Compressed slots of one leaf, a power of two >= 16."""
     rows: int
     """Rows (query, head) of one program of the compression kernel, a power of two >= 16."""
     compression_leaves: int
-    """Leaves of one program: 1, 2 or 4."""
+    """Leaves of one program of the compression kernel: 1, 2 or 4."""
+    block_tile: int
+    """Tokens of one leaf of the chosen and window blocks, a power of two >= 16."""
     block_leaves: int
-    """The same for chosen and window blocks."""
+    """Leaves of one program of the blocks kernel: 1, 2 or 4."""
     chunk: int
     """Blocks of which one program of the score kernel keeps the best n: a power of two >= n."""
     warps: int = 4
+    """Warps of a program of the compression kernel."""
+    stages: int = 1
+    """Pipeline stages of the loops over leaves."""
 
 
 def padded(size: int) -> int:
@@ -65,29 +70,31 @@ def decode_tiles(q: torch.Tensor, cache: LayerCache, capacity: int, config: Spar
     heads, group = cache.num_kv_heads, num_heads // cache.num_kv_heads
     row_bytes = padded(max(cache.key_dim, cache.value_dim)) * cache.cmp.element_size()
     per_block = config.select_block_size // config.compress_stride
-    leaf = max(min(128, max(16, 32768 // row_bytes)), triton.next_power_of_2(per_block))
     rows = min(padded(num_new * group), max(16, 32768 // row_bytes), 128)
+    leaf = max(min(128 if rows < 128 else 64, max(16, 32768 // row_bytes)), triton.next_power_of_2(per_block))
+    block_tile = min(padded(config.select_block_size), 64, max(16, 32768 // row_bytes))
     leaves = -(-num_blocks(capacity, config) // (leaf // triton.next_power_of_2(per_block)))
     compression = batch * heads * -(-num_new * group // rows) * leaves
-    blocks = batch * num_new * heads * sum(block_leaf_counts(config)[:2])
+    blocks = batch * num_new * heads * sum(block_leaf_counts(config, block_tile))
     count = num_blocks(capacity, config)
     chunk = min(128 if count <= 4096 else 512, padded(count))
     return DecodeTiles(
         leaf=leaf,
         rows=rows,
         compression_leaves=next((k for k in (4, 2) if compression // k >= MIN_PROGRAMS), 1),
+        block_tile=block_tile,
         block_leaves=next((k for k in (4, 2) if blocks // k >= MIN_PROGRAMS), 1),
         chunk=max(chunk, padded(config.num_selected_blocks)),
         warps=8 if rows >= 64 else 4,
     )
 
 
-def block_leaf_counts(config: SparsityConfig) -> tuple[int, int, int]:
-    """Leaves of the chosen blocks and of the window's, each rounded up to 4s, and leaves of one block (64 tokens or fewer)."""
+def block_leaf_counts(config: SparsityConfig, tile: int) -> tuple[int, int]:
+    """Leaves of `tile` tokens of the chosen blocks and of the window's, each rounded up to a multiple of 4."""
     size = config.select_block_size
-    per_block = -(-size // min(padded(size), 64))
+    per_block = -(-size // tile)
     window = ((config.window_size + size - 2) // size + 1) * per_block
-    return -(-config.num_selected_blocks * per_block // 4) * 4, -(-window // 4) * 4, per_block
+    return -(-config.num_selected_blocks * per_block // 4) * 4, -(-window // 4) * 4
 
 
 @triton.jit
@@ -153,32 +160,35 @@ def compression_kernel(
     offset = column % PER_BLOCK2
     in_group = tl.arange(0, PER_BLOCK2)[None, None, :]
     out, top = tl.zeros([ROWS, DV2], tl.float32), tl.full([ROWS], NOTHING, tl.float32)
-    PAIR: tl.constexpr = 2 if LEAVES > 1 else 1
-    for pair in range(LEAVES // PAIR):
-        pair_out, pair_top = tl.zeros([ROWS, DV2], tl.float32), tl.full([ROWS], NOTHING, tl.float32)
-        for half in tl.static_range(PAIR):
-            leaf = part * LEAVES + pair * PAIR + half
-            slots = (leaf * GROUPS + column // PER_BLOCK2) * PER_BLOCK + offset
-            filled = (offset < PER_BLOCK) & (slots >= FIRST) & (slots < num_slots)
-            pages = tl.load(block_table + batch * table_batch + slots // PER_PAGE, mask=filled, other=0).to(tl.int64)
-            token = cmp + pages * cmp_page + (slots % PER_PAGE) * cmp_slot + head * cmp_head
-            k = tl.load(token[:, None] + dk[None, :], mask=filled[:, None] & (dk < DK)[None, :], other=0.0).to(queries.dtype)
-            v = tl.load(token[:, None] + (DK + dv)[None, :], mask=filled[:, None] & (dv < DV)[None, :], other=0.0).to(queries.dtype)
-            visible = filled[None, :] & ((slots * STRIDE + (STRIDE - 1))[None, :] <= positions[:, None])
-            weights, total, this_top, this_out = attend_leaf(queries, k, v, visible, scale, PRECISION)
+    pair_out, pair_top = out, top
+    for step in range(LEAVES):
+        leaf = part * LEAVES + step
+        slots = (leaf * GROUPS + column // PER_BLOCK2) * PER_BLOCK + offset
+        filled = (offset < PER_BLOCK) & (slots >= FIRST) & (slots < num_slots)
+        pages = tl.load(block_table + batch * table_batch + slots // PER_PAGE, mask=filled, other=0).to(tl.int64)
+        token = cmp + pages * cmp_page + (slots % PER_PAGE) * cmp_slot + head * cmp_head
+        k = tl.load(token[:, None] + dk[None, :], mask=filled[:, None] & (dk < DK)[None, :], other=0.0).to(queries.dtype)
+        v = tl.load(token[:, None] + (DK + dv)[None, :], mask=filled[:, None] & (dv < DV)[None, :], other=0.0).to(queries.dtype)
+        visible = filled[None, :] & ((slots * STRIDE + (STRIDE - 1))[None, :] <= positions[:, None])
+        weights, total, this_top, this_out = attend_leaf(queries, k, v, visible, scale, PRECISION)
+        written = rows < tl.where(leaf < num_leaves, NUM_NEW * GROUP, 0)
+        tl.store(leaf_top + row_base * num_leaves + leaf, this_top, mask=written)
+        tl.store(leaf_sum + row_base * num_leaves + leaf, total, mask=written)
+        if SCORES:
+            grouped = tl.reshape(weights, (ROWS, GROUPS, PER_BLOCK2))
+            places = row_base[:, None] * (num_leaves * GROUPS) + leaf * GROUPS + tl.arange(0, GROUPS)[None, :]
+            own = tl.sum(grouped * tl.minimum(in_group + 1, FIRST + 1).to(tl.float32), 2)
+            tl.store(own_scores + places, own, mask=written[:, None])
+            if FIRST > 0:
+                before = tl.sum(grouped * tl.maximum(FIRST - in_group, 0).to(tl.float32), 2)
+                tl.store(next_scores + places, before, mask=written[:, None])
+        if LEAVES == 1:
+            out, top = this_out, this_top
+        else:
             pair_out, pair_top = merge(pair_out, pair_top, this_out, this_top)
-            written = rows < tl.where(leaf < num_leaves, NUM_NEW * GROUP, 0)
-            tl.store(leaf_top + row_base * num_leaves + leaf, this_top, mask=written)
-            tl.store(leaf_sum + row_base * num_leaves + leaf, total, mask=written)
-            if SCORES:
-                grouped = tl.reshape(weights, (ROWS, GROUPS, PER_BLOCK2))
-                places = row_base[:, None] * (num_leaves * GROUPS) + leaf * GROUPS + tl.arange(0, GROUPS)[None, :]
-                own = tl.sum(grouped * tl.minimum(in_group + 1, FIRST + 1).to(tl.float32), 2)
-                tl.store(own_scores + places, own, mask=written[:, None])
-                if FIRST > 0:
-                    before = tl.sum(grouped * tl.maximum(FIRST - in_group, 0).to(tl.float32), 2)
-                    tl.store(next_scores + places, before, mask=written[:, None])
-        out, top = merge(out, top, pair_out, pair_top)
+            if step % 2 == 1:
+                out, top = merge(out, top, pair_out, pair_top)
+                pair_out, pair_top = tl.zeros([ROWS, DV2], tl.float32), tl.full([ROWS], NOTHING, tl.float32)
     tl.store(part_top + row_base * num_parts + part, top, mask=real)
     target = (row_base * num_parts + part) * DV
     tl.store(part_out + target[:, None] + dv[None, :], out, mask=real[:, None] & (dv < DV)[None, :])
@@ -240,7 +250,12 @@ def score_kernel(
     forced = (blocks < NUM_INIT) | (blocks > current - NUM_LOCAL)
     bits = tl.where(forced, 0x7F800000, score.to(tl.int32, bitcast=True)).to(tl.int64)
     keys = tl.where(blocks <= current, (bits << 32) | (0x7FFFFFFF - blocks).to(tl.int64), -1 - blocks.to(tl.int64))
-    ranks = tl.sum((keys[None, :] > keys[:, None]).to(tl.int32), 1)
+    ranks = tl.zeros([CHUNK], tl.int32)
+    SLICES: tl.constexpr = 1 if CHUNK <= 128 else CHUNK // 32
+    slices = tl.reshape(keys, (SLICES, CHUNK // SLICES))
+    for index in range(SLICES):
+        others = tl.sum(tl.where(tl.arange(0, SLICES)[:, None] == index, slices, 0), 0)
+        ranks += tl.sum((others[None, :] > keys[:, None]).to(tl.int32), 1)
     base = (((batch * NUM_NEW + query) * HEADS + head) * num_chunks + chunk) * NUM
     tl.store(candidates + base + ranks, keys, mask=ranks < NUM)
 
@@ -266,8 +281,8 @@ def best_blocks(candidates, num_chunks, NUM: tl.constexpr, NUM2: tl.constexpr, C
 @triton.jit
 def blocks_kernel(
     q, raw, block_table, seq_lens, candidates, given, selection, leaf_top, leaf_sum, part_top, part_out, scale,
-    q_batch, q_row, q_head, raw_page, raw_kind, raw_slot, raw_head, table_batch, given_batch, given_row, given_head, given_entry, num_chunks, num_blocks,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP2: tl.constexpr, NUM_NEW: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, DK2: tl.constexpr,
+    q_batch, q_row, q_head, raw_page, raw_kind, raw_slot, raw_head, table_batch, given_batch, given_row, given_head, given_entry, num_chunks,
+    num_blocks, HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP2: tl.constexpr, NUM_NEW: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, DK2: tl.constexpr,
     DV2: tl.constexpr, SIZE: tl.constexpr, TILE: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr, NUM: tl.constexpr, NUM2: tl.constexpr,
     CHUNK: tl.constexpr, CANDIDATES: tl.constexpr, CHOSEN_SET: tl.constexpr, WINDOW_SET: tl.constexpr, CHOSEN_LEAVES: tl.constexpr,
     ALL_LEAVES: tl.constexpr, LEAVES: tl.constexpr, SCORES: tl.constexpr, GIVEN: tl.constexpr, RETURN: tl.constexpr, PRECISION: tl.constexpr,
@@ -312,27 +327,30 @@ def blocks_kernel(
     rows = entry * GROUP + member
     heads_row = raw + (head + tl.where(is_window, WINDOW_SET, CHOSEN_SET) * HEADS) * raw_head
     out, top = tl.zeros([GROUP2, DV2], tl.float32), tl.full([GROUP2], NOTHING, tl.float32)
-    PAIR: tl.constexpr = 2 if LEAVES > 1 else 1
-    for pair in range(LEAVES // PAIR):
-        pair_out, pair_top = tl.zeros([GROUP2, DV2], tl.float32), tl.full([GROUP2], NOTHING, tl.float32)
-        for half in tl.static_range(PAIR):
-            leaf = part * LEAVES + pair * PAIR + half
-            number = tl.where(is_window, leaf - CHOSEN_LEAVES, leaf) // PER_BLOCK
-            listed = tl.sum(tl.where(order == number, chosen, 0))
-            block = tl.where(is_window, start + number, tl.where(number < NUM, listed, -1))
-            within = (leaf % PER_BLOCK) * TILE + token
-            tokens = block * SIZE + within
-            there = (block >= 0) & (block < num_blocks)
-            present = (within < SIZE) & (tokens >= lowest) & (tokens <= tl.where(there, position, -1))
-            page = tl.load(block_table + batch * table_batch + block * SIZE // PAGE, mask=there & (block * SIZE <= position), other=0).to(tl.int64)
-            line = heads_row + page * raw_page + ((block * SIZE) % PAGE + within) * raw_slot
-            k = tl.load(line[:, None] + dk[None, :], mask=present[:, None] & (dk < DK)[None, :], other=0.0).to(queries.dtype)
-            v = tl.load((line + raw_kind)[:, None] + dv[None, :], mask=present[:, None] & (dv < DV)[None, :], other=0.0).to(queries.dtype)
-            _weights, total, this_top, this_out = attend_leaf(queries, k, v, present[None, :] & (member >= 0)[:, None], scale, PRECISION)
+    pair_out, pair_top = out, top
+    for step in range(LEAVES):
+        leaf = part * LEAVES + step
+        number = tl.where(is_window, leaf - CHOSEN_LEAVES, leaf) // PER_BLOCK
+        listed = tl.sum(tl.where(order == number, chosen, 0))
+        block = tl.where(is_window, start + number, tl.where(number < NUM, listed, -1))
+        within = (leaf % PER_BLOCK) * TILE + token
+        tokens = block * SIZE + within
+        there = (block >= 0) & (block < num_blocks)
+        present = (within < SIZE) & (tokens >= lowest) & (tokens <= tl.where(there, position, -1))
+        page = tl.load(block_table + batch * table_batch + block * SIZE // PAGE, mask=there & (block * SIZE <= position), other=0).to(tl.int64)
+        line = heads_row + page * raw_page + ((block * SIZE) % PAGE + within) * raw_slot
+        k = tl.load(line[:, None] + dk[None, :], mask=present[:, None] & (dk < DK)[None, :], other=0.0).to(queries.dtype)
+        v = tl.load((line + raw_kind)[:, None] + dv[None, :], mask=present[:, None] & (dv < DV)[None, :], other=0.0).to(queries.dtype)
+        _weights, total, this_top, this_out = attend_leaf(queries, k, v, present[None, :] & (member >= 0)[:, None], scale, PRECISION)
+        tl.store(leaf_top + rows * ALL_LEAVES + leaf, this_top, mask=real)
+        tl.store(leaf_sum + rows * ALL_LEAVES + leaf, total, mask=real)
+        if LEAVES == 1:
+            out, top = this_out, this_top
+        else:
             pair_out, pair_top = merge(pair_out, pair_top, this_out, this_top)
-            tl.store(leaf_top + rows * ALL_LEAVES + leaf, this_top, mask=real)
-            tl.store(leaf_sum + rows * ALL_LEAVES + leaf, total, mask=real)
-        out, top = merge(out, top, pair_out, pair_top)
+            if step % 2 == 1:
+                out, top = merge(out, top, pair_out, pair_top)
+                pair_out, pair_top = tl.zeros([GROUP2, DV2], tl.float32), tl.full([GROUP2], NOTHING, tl.float32)
     tl.store(part_top + rows * PARTS + part, top, mask=real)
     target = (rows * PARTS + part) * DV
     tl.store(part_out + target[:, None] + dv[None, :], out, mask=real[:, None] & (dv < DV)[None, :])
@@ -380,8 +398,9 @@ def combine_kernel(
         part_tops, part_outs = raw_part_top + row * RAW_PARTS, raw_part_out + row * RAW_PARTS * DV
         chosen = combine_branch(tops, sums, part_tops, part_outs, CHOSEN_LEAVES, RAW_LEAVES, DV, DV2)
         window = combine_branch(
-            tops + CHOSEN_LEAVES, sums + CHOSEN_LEAVES, part_tops + FIRST_PART, part_outs + FIRST_PART * DV, ALL_LEAVES - CHOSEN_LEAVES, RAW_LEAVES, DV, DV2
-        )
+            tops + CHOSEN_LEAVES, sums + CHOSEN_LEAVES, part_tops + FIRST_PART, part_outs + FIRST_PART * DV,
+            ALL_LEAVES - CHOSEN_LEAVES, RAW_LEAVES, DV, DV2,
+        )  # fmt: skip
         result = tl.load(gate).to(tl.float32) * compressed
         result += tl.load(gate + gates_branch).to(tl.float32) * chosen
         result += tl.load(gate + 2 * gates_branch).to(tl.float32) * window
@@ -413,7 +432,7 @@ def paged_decode(
     groups, count = tiles.leaf // per_block2, num_blocks(capacity, config)
     num_leaves = -(-count // groups)
     num_parts = -(-num_leaves // tiles.compression_leaves)
-    chosen_leaves, window_leaves, _ = block_leaf_counts(config)
+    chosen_leaves, window_leaves = block_leaf_counts(config, tiles.block_tile)
     all_leaves = chosen_leaves + window_leaves
     raw_parts = all_leaves // tiles.block_leaves
     num_chunks, scores = -(-count // tiles.chunk), count > num
@@ -422,8 +441,8 @@ def paged_decode(
     def scratch(*shape: int) -> torch.Tensor:
         return torch.empty(batch * num_new * num_heads, *shape, dtype=torch.float32, device=q.device)
 
-    cmp_leaf_top, cmp_leaf_sum, cmp_part_top, cmp_part_out = scratch(num_leaves), scratch(num_leaves), scratch(num_parts), scratch(num_parts, value_dim)
-    raw_leaf_top, raw_leaf_sum, raw_part_top, raw_part_out = scratch(all_leaves), scratch(all_leaves), scratch(raw_parts), scratch(raw_parts, value_dim)
+    cmp_partial = (scratch(num_leaves), scratch(num_leaves), scratch(num_parts), scratch(num_parts, value_dim))
+    raw_partial = (scratch(all_leaves), scratch(all_leaves), scratch(raw_parts), scratch(raw_parts, value_dim))
     own_scores = scratch(num_leaves * groups) if scores else out
     next_scores = scratch(num_leaves * groups) if scores and first else own_scores
     candidates = torch.empty(batch * num_new * heads * num_chunks * num, dtype=torch.int64, device=q.device) if scores else used
@@ -435,28 +454,28 @@ def paged_decode(
     base2 = scale * 1.4426950408889634
 
     compression_kernel[heads * num_parts, -(-num_new * group // tiles.rows), batch](
-        q, cache.cmp, block_table, seq_lens, cmp_leaf_top, cmp_leaf_sum, cmp_part_top, cmp_part_out, own_scores, next_scores, base2,
+        q, cache.cmp, block_table, seq_lens, *cmp_partial, own_scores, next_scores, base2,
         *q.stride()[:3], *cache.cmp.stride()[:3], block_table.stride(0), num_leaves, num_parts, **common, **dims, **precision,
         STRIDE=stride, FIRST=first, PER_BLOCK=per_block, PER_BLOCK2=per_block2, PER_PAGE=page_size // stride, LEAF=tiles.leaf, ROWS=tiles.rows,
-        LEAVES=tiles.compression_leaves, num_warps=tiles.warps, num_stages=1, enable_fp_fusion=False,
+        LEAVES=tiles.compression_leaves, num_warps=tiles.warps, num_stages=tiles.stages, enable_fp_fusion=False,
     )  # fmt: skip
     if scores:
         score_kernel[heads * num_chunks, num_new, batch](
-            cmp_leaf_top, cmp_leaf_sum, own_scores, next_scores, candidates, given, seq_lens, *given.stride()[:3], num_leaves, num_chunks, **common,
+            *cmp_partial[:2], own_scores, next_scores, candidates, given, seq_lens, *given.stride()[:3], num_leaves, num_chunks, **common,
             GROUP2=triton.next_power_of_2(group), STRIDE=stride, FIRST=first, PER_BLOCK=per_block, GROUPS=groups, SIZE=size, NUM=num,
             NUM_INIT=config.num_init_blocks, NUM_LOCAL=config.num_local_blocks, CHUNK=tiles.chunk, GIVEN=selection is not None,
             num_warps=4 if tiles.chunk <= 128 else 8, enable_fp_fusion=False,
         )  # fmt: skip
     blocks_kernel[heads * raw_parts, num_new, batch](
-        q, cache.raw, block_table, seq_lens, candidates, given, used, raw_leaf_top, raw_leaf_sum, raw_part_top, raw_part_out, base2,
+        q, cache.raw, block_table, seq_lens, candidates, given, used, *raw_partial, base2,
         *q.stride()[:3], *cache.raw.stride()[:4], block_table.stride(0), *given.stride(), num_chunks, count, **common, **dims, **precision,
-        GROUP2=padded(group), SIZE=size, TILE=min(padded(size), 64), PAGE=page_size, WINDOW=config.window_size, NUM=num,
+        GROUP2=padded(group), SIZE=size, TILE=tiles.block_tile, PAGE=page_size, WINDOW=config.window_size, NUM=num,
         NUM2=triton.next_power_of_2(num), CHUNK=tiles.chunk, CANDIDATES=triton.next_power_of_2(num_chunks * num),
         CHOSEN_SET=cache.set_index("slc"), WINDOW_SET=cache.set_index("win"), CHOSEN_LEAVES=chosen_leaves, ALL_LEAVES=all_leaves,
-        LEAVES=tiles.block_leaves, GIVEN=selection is not None, RETURN=return_selection, num_warps=4, num_stages=1, enable_fp_fusion=False,
+        LEAVES=tiles.block_leaves, GIVEN=selection is not None, RETURN=return_selection, num_warps=4, num_stages=tiles.stages, enable_fp_fusion=False,
     )  # fmt: skip
     combine_kernel[num_heads, num_new, batch](
-        cmp_leaf_top, cmp_leaf_sum, cmp_part_top, cmp_part_out, raw_leaf_top, raw_leaf_sum, raw_part_top, raw_part_out, gates, seq_lens, out,
+        *cmp_partial, *raw_partial, gates, seq_lens, out,
         *gates.stride(), num_leaves, num_parts, **common, DV=value_dim, DV2=padded(value_dim), STRIDE=stride, SLOTS=groups * per_block,
         CHOSEN_LEAVES=chosen_leaves, ALL_LEAVES=all_leaves, CMP_LEAVES=tiles.compression_leaves, RAW_LEAVES=tiles.block_leaves,
         num_warps=4, enable_fp_fusion=False,

@@ -20,11 +20,13 @@ class InverseIndex:
 
     ends: int64 `[Hkv·B + 1]`; the list of KV head h and block b is `[ends[h·B + b], ends[h·B + b + 1])`.
     queries: int32 `[T·Hkv·n]`, packed query rows; beyond `ends[-1]` it holds nothing of use.
+    slots: int16 `[T·Hkv·n]`, which of its n choices the block is to that query.
     block_sequence: int32 `[B]`, the sequence of a block. block_ends: int32 `[N + 1]`, blocks of the sequences, cumulative.
     """
 
     ends: torch.Tensor
     queries: torch.Tensor
+    slots: torch.Tensor
     block_sequence: torch.Tensor
     block_ends: torch.Tensor
 
@@ -58,4 +60,4 @@ def invert_selection(selection: torch.Tensor, plan: KernelPlan, config: Sparsity
     lists, order = torch.sort(lists, stable=True)
     boundaries = torch.arange(num_lists + 1, dtype=torch.int32, device=device).to(dtype)
     ends = torch.searchsorted(lists, boundaries)
-    return InverseIndex(ends, (order // (num_kv_heads * n)).int(), block_sequence, block_ends)
+    return InverseIndex(ends, (order // (num_kv_heads * n)).int(), (order % n).short(), block_sequence, block_ends)

@@ -75,8 +75,8 @@ def sparse_attention(
         chosen = selection.to(torch.int32, copy=True)
     out_slc, lse_slc = selected_forward(q, k_slc, v_slc, chosen, plan, config, gate=gate[1], accumulate=True, **common)
     out_win, lse_win = banded_forward(q, k_win, v_win, Band("window", plan, config), gate=gate[2], accumulate=True, **common)
-    none = q.new_empty(0)
-    return [out, chosen, *(none if x is None else x for x in (out_cmp, out_slc, out_win)), lse_cmp, lse_slc, lse_win]
+    branches = [q.new_empty(0) if x is None else x for x in (out_cmp, out_slc, out_win)]
+    return [out, chosen, *branches, lse_cmp, lse_slc, lse_win]
 
 
 @sparse_attention.register_fake

@@ -27,6 +27,8 @@ LOG2_E = 1.4426950408889634
 SCRATCH_BYTES = 2**28
 """Scores of a chunk take about this much memory; more where a chunk would otherwise not fill the GPU."""
 MIN_PROGRAMS = 264
+CHOOSE_SCORES = 1024
+"""Scores a warp of the choosing kernel holds: 32 registers of each lane."""
 FORCED = tl.constexpr(0x7F800000)
 """Key of a forced block: the bits of +inf, above those of every finite score."""
 
@@ -45,7 +47,7 @@ def score_tile(key_dim: int, group: int, dtype: torch.dtype) -> ScoreTile:
     """The fixed table of tile shapes by padded key dimension, padded group and dtype."""
     if dtype == torch.float32:
         return ScoreTile(blocks=32, columns=max(64 if key_dim <= 128 else 32, group), num_warps=4, num_stages=1)
-    return ScoreTile(blocks=64, columns=max(128, group), num_warps=4, num_stages=3 if key_dim <= 128 else 2)
+    return ScoreTile(blocks=64, columns=max(128, group), num_warps=8, num_stages=3 if key_dim <= 128 else 2)
 
 
 def dot_precision() -> str:
@@ -142,41 +144,43 @@ def score_kernel(
 @triton.jit
 def choose_kernel(
     scores, selection, tiles, query_ends, key_ends, first_tile, width,
-    QUERIES: tl.constexpr, CHOSEN: tl.constexpr, CHOSEN_PAD: tl.constexpr, SELECT: tl.constexpr, NUM_INIT: tl.constexpr, NUM_LOCAL: tl.constexpr,
-    WIDTH_PAD: tl.constexpr,
+    QUERIES: tl.constexpr, ROWS: tl.constexpr, CHOSEN: tl.constexpr, CHOSEN_PAD: tl.constexpr, SELECT: tl.constexpr, NUM_INIT: tl.constexpr,
+    NUM_LOCAL: tl.constexpr, WIDTH_PAD: tl.constexpr,
 ):  # fmt: skip
-    """One query and KV head: the CHOSEN best of its visible blocks, ascending, then -1."""
-    tile, kv_head, num_kv_heads = tl.program_id(0) // QUERIES, tl.program_id(1), tl.num_programs(1)
+    """ROWS queries of one KV head: the CHOSEN best of each one's visible blocks, ascending, then -1."""
+    tile, kv_head, num_kv_heads = tl.program_id(0) // (QUERIES // ROWS), tl.program_id(1), tl.num_programs(1)
+    inner = tl.program_id(0) % (QUERIES // ROWS) * ROWS + tl.arange(0, ROWS)
     sequence = tl.load(tiles + 2 * (first_tile + tile))
-    query = tl.load(tiles + 2 * (first_tile + tile) + 1) + tl.program_id(0) % QUERIES
+    query = tl.load(tiles + 2 * (first_tile + tile) + 1) + inner
     query_start, query_end = tl.load(query_ends + sequence), tl.load(query_ends + sequence + 1)
     key_start, key_end = tl.load(key_ends + sequence), tl.load(key_ends + sequence + 1)
-    if query >= query_end - query_start:
-        return
-    current = (query + (key_end - key_start) - (query_end - query_start)) // SELECT
-    block = tl.arange(0, WIDTH_PAD)
-    visible = block <= current
-    source = scores + ((tile * num_kv_heads + kv_head).to(tl.int64) * QUERIES + tl.program_id(0) % QUERIES) * width
+    position = query + (key_end - key_start) - (query_end - query_start)
+    current = tl.where(query < query_end - query_start, position // SELECT, -1)  # the query's own block; -1: no such query
+    block = tl.arange(0, WIDTH_PAD)[None, :]
     # Scores are >= 0, so their bits order as they do; the bounds keep whatever else there is below the forced blocks.
-    bits = tl.load(source + block, mask=block <= tl.where(current >= CHOSEN, current, -1), other=0.0).to(tl.int32, bitcast=True)
+    source = scores + ((tile * num_kv_heads + kv_head).to(tl.int64) * QUERIES + inner) * width
+    scored = tl.where(current >= CHOSEN, current, -1)
+    bits = tl.load(source[:, None] + block, mask=block <= scored[:, None], other=0.0).to(tl.int32, bitcast=True)
     bits = tl.minimum(tl.maximum(bits, 0), FORCED - 1)
-    bits = tl.where((block < NUM_INIT) | (block > current - NUM_LOCAL), FORCED, bits)
-    bits = tl.where(visible, bits, -1)
-    low, high, count = 0, FORCED + 1, current + 1  # count blocks have bits >= low, fewer than CHOSEN have bits >= high
-    while (count > CHOSEN) & (high - low > 1):
+    bits = tl.where((block < NUM_INIT) | (block > current[:, None] - NUM_LOCAL), FORCED, bits)
+    bits = tl.where(block <= current[:, None], bits, -1)
+    low, high = tl.zeros([ROWS], tl.int32), tl.full([ROWS], FORCED + 1, tl.int32)
+    count = current + 1  # so many blocks have bits >= low, fewer than CHOSEN have bits >= high
+    searching = (count > CHOSEN).to(tl.int32)
+    while tl.max(searching, axis=0) > 0:
         middle = low + (high - low) // 2
-        above = tl.sum((bits >= middle).to(tl.int32), axis=0)
-        enough = above >= CHOSEN
-        low, high, count = tl.where(enough, middle, low), tl.where(enough, high, middle), tl.where(enough, above, count)
-    above = bits > low
-    equal = bits == low
-    ties = CHOSEN - tl.sum(above.to(tl.int32), axis=0)
-    taken = above | (equal & (tl.cumsum(equal.to(tl.int32), axis=0) <= ties))
-    place = tl.cumsum(taken.to(tl.int32), axis=0) - 1
+        reached = tl.sum((bits >= middle[:, None]).to(tl.int32), axis=1)
+        rise, fall = (searching > 0) & (reached >= CHOSEN), (searching > 0) & (reached < CHOSEN)
+        low, high, count = tl.where(rise, middle, low), tl.where(fall, middle, high), tl.where(rise, reached, count)
+        searching = ((count > CHOSEN) & (high - low > 1)).to(tl.int32)
+    above, equal = bits > low[:, None], bits == low[:, None]
+    ties = CHOSEN - tl.sum(above.to(tl.int32), axis=1)
+    taken = above | (equal & (tl.cumsum(equal.to(tl.int32), axis=1) <= ties[:, None]))
+    place = tl.cumsum(taken.to(tl.int32), axis=1) - 1
     row = selection + ((query_start + query).to(tl.int64) * num_kv_heads + kv_head) * CHOSEN
-    tl.store(row + place, block, mask=taken)
-    slot = tl.arange(0, CHOSEN_PAD)
-    tl.store(row + slot, -1, mask=(slot > current) & (slot < CHOSEN))
+    tl.store(row[:, None] + place, tl.broadcast_to(block, [ROWS, WIDTH_PAD]), mask=taken)
+    slot = tl.arange(0, CHOSEN_PAD)[None, :]
+    tl.store(row[:, None] + slot, -1, mask=(current >= 0)[:, None] & (slot > current[:, None]) & (slot < CHOSEN))
 
 
 def choose_blocks(q: torch.Tensor, kc: torch.Tensor, lse: torch.Tensor, plan: KernelPlan, config: SparsityConfig, *, scale: float) -> torch.Tensor:
@@ -202,6 +206,7 @@ def choose_blocks(q: torch.Tensor, kc: torch.Tensor, lse: torch.Tensor, plan: Ke
     chunk = min(num_tiles, max(SCRATCH_BYTES // (rows * width * 4), -(-MIN_PROGRAMS // num_kv_heads)))
     scores = torch.empty(chunk * rows * width if width > n else 1, dtype=torch.float32, device=q.device)
     width_pad = triton.next_power_of_2(width)
+    choosing = min(queries, max(1, CHOOSE_SCORES // width_pad))
     for first in range(0, num_tiles, chunk):
         count = min(chunk, num_tiles - first)
         if width > n:
@@ -213,10 +218,10 @@ def choose_blocks(q: torch.Tensor, kc: torch.Tensor, lse: torch.Tensor, plan: Ke
                 STRIDE=config.compress_stride, LENGTH=config.compress_block_size, SELECT=config.select_block_size, CHOSEN=n,
                 PRECISION=dot_precision(), num_warps=shape.num_warps, num_stages=shape.num_stages,
             )  # fmt: skip
-        choose_kernel[(count * queries, num_kv_heads)](
+        choose_kernel[(count * queries // choosing, num_kv_heads)](
             scores, selection, tiles, plan.query_ends, plan.key_ends, first, width,
-            QUERIES=queries, CHOSEN=n, CHOSEN_PAD=triton.next_power_of_2(n), SELECT=config.select_block_size,
+            QUERIES=queries, ROWS=choosing, CHOSEN=n, CHOSEN_PAD=triton.next_power_of_2(n), SELECT=config.select_block_size,
             NUM_INIT=config.num_init_blocks, NUM_LOCAL=config.num_local_blocks, WIDTH_PAD=width_pad,
-            num_warps=min(16, max(1, width_pad // 1024)),
+            num_warps=min(16, max(1, width_pad // CHOOSE_SCORES)),
         )  # fmt: skip
     return selection

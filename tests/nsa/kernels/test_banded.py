@@ -187,7 +187,9 @@ def test_no_rows():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["compression", "window"])
-@pytest.mark.parametrize(("heads", "group", "key_dim", "value_dim"), [(2, 16, 128, 128), (2, 4, 128, 128), (3, 3, 64, 64), (1, 8, 192, 128), (1, 2, 256, 256)])
+@pytest.mark.parametrize(
+    ("heads", "group", "key_dim", "value_dim"), [(2, 16, 128, 128), (2, 4, 128, 128), (3, 3, 64, 64), (1, 8, 192, 128), (1, 2, 256, 256)]
+)
 def test_bf16_on_the_gpu(kind, heads, group, key_dim, value_dim):
     check(kind, SparsityConfig(compressor="mean"), [2000, 333], [2000, 300], heads, group, key_dim, value_dim, dtype=torch.bfloat16, bound=1e-2)
 

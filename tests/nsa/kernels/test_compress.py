@@ -33,7 +33,11 @@ def draw(lengths, heads, dim, hidden, config, dtype):
 
     flat = config.compress_block_size * dim
     weights = [normal(config.compress_block_size, dim, std=0.5), normal(hidden, flat, std=flat**-0.5), normal(dim, hidden, std=hidden**-0.5)]
-    return normal(sum(lengths), heads, dim), weights if config.compressor == "mlp" else [], normal(make_plan(lengths, config).num_compressed, heads, dim)
+    return (
+        normal(sum(lengths), heads, dim),
+        weights if config.compressor == "mlp" else [],
+        normal(make_plan(lengths, config).num_compressed, heads, dim),
+    )
 
 
 def check(lengths, heads, dim, hidden, config, dtype, bound):

@@ -1,5 +1,7 @@
 """invert_selection against lists built by a plain loop."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -48,7 +50,12 @@ def test_lists(lengths, query_lengths, num_kv_heads):
                         lists[h * sum(counts) + sum(counts[:s]) + block].append(row)
             row += 1
     ends, queries = index.ends.tolist(), index.queries.tolist()
-    assert [queries[a:b] for a, b in zip(ends, ends[1:], strict=False)] == lists
+    for i, slot in enumerate(index.slots[: ends[-1]].tolist()):
+        owner = next(b for b in range(len(lists)) if ends[b] <= i < ends[b + 1])
+        block, h = owner % sum(counts), owner // sum(counts)
+        s = index.block_sequence[block].item()
+        assert selection[queries[i], h, slot] == block - sum(counts[:s])
+    assert [queries[a:b] for a, b in pairwise(ends)] == lists
 
 
 def test_more_lists_than_int16_counts():
