@@ -80,10 +80,13 @@ def run(out: Path, *, seed: int = 0, twin: str = "none", overrides: Sequence[str
         twin: a key of TWINS.
         overrides: `key=value` for configs/quickstart.yaml, `sft.key=value` for configs/quickstart_sft.yaml.
     """
+    from transformers.utils import logging as transformers_logging
+
     from grpo.report import write_report
     from grpo.sft import run_sft
     from grpo.trainer import train
 
+    transformers_logging.disable_progress_bar()  # bars for loading half a million numbers
     sft_config, config = configurations(out, seed=seed, overrides=overrides)
     console = Console()
     clock = {"start": time.monotonic()}

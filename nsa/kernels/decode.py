@@ -227,8 +227,9 @@ def score_kernel(
     current = tl.maximum(length - NUM_NEW + query, 0) // SIZE
     if (length == 0) | (chunk * CHUNK > current):
         return
-    if GIVEN and tl.load(given + batch * given_batch + query * given_row + head * given_head).to(tl.int32) != RECOMPUTE:
-        return
+    if GIVEN:
+        if tl.load(given + batch * given_batch + query * given_row + head * given_head).to(tl.int32) != RECOMPUTE:  # noqa: SIM102
+            return
     member = tl.arange(0, GROUP2)
     real = member < GROUP
     rows = ((batch * HEADS + head) * NUM_NEW + query) * GROUP + member
@@ -282,7 +283,8 @@ def best_blocks(candidates, num_chunks, NUM: tl.constexpr, NUM2: tl.constexpr, C
 def blocks_kernel(
     q, raw, block_table, seq_lens, candidates, given, selection, leaf_top, leaf_sum, part_top, part_out, scale,
     q_batch, q_row, q_head, raw_page, raw_kind, raw_slot, raw_head, table_batch, given_batch, given_row, given_head, given_entry, num_chunks,
-    num_blocks, HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP2: tl.constexpr, NUM_NEW: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, DK2: tl.constexpr,
+    num_blocks,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP2: tl.constexpr, NUM_NEW: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, DK2: tl.constexpr,
     DV2: tl.constexpr, SIZE: tl.constexpr, TILE: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr, NUM: tl.constexpr, NUM2: tl.constexpr,
     CHUNK: tl.constexpr, CANDIDATES: tl.constexpr, CHOSEN_SET: tl.constexpr, WINDOW_SET: tl.constexpr, CHOSEN_LEAVES: tl.constexpr,
     ALL_LEAVES: tl.constexpr, LEAVES: tl.constexpr, SCORES: tl.constexpr, GIVEN: tl.constexpr, RETURN: tl.constexpr, PRECISION: tl.constexpr,
@@ -299,7 +301,7 @@ def blocks_kernel(
     order = tl.arange(0, NUM2)
     entry = (batch * NUM_NEW + query) * HEADS + head
     if length == 0:
-        if RETURN and part == 0:
+        if RETURN & (part == 0):
             tl.store(selection + entry * NUM + order, tl.full([NUM2], -1, tl.int32).to(selection.dtype.element_ty), mask=order < NUM)
         return
     position = tl.maximum(length - NUM_NEW + query, 0)
@@ -316,7 +318,7 @@ def blocks_kernel(
             row = given + batch * given_batch + query * given_row + head * given_head
             replayed = tl.load(row + order * given_entry, mask=order < NUM, other=-1).to(tl.int32)
             chosen = tl.where(tl.load(row).to(tl.int32) == RECOMPUTE, chosen, replayed)
-        if RETURN and part == 0:
+        if RETURN & (part == 0):
             tl.store(selection + entry * NUM + order, chosen.to(selection.dtype.element_ty), mask=order < NUM)
 
     member = tl.arange(0, GROUP2)

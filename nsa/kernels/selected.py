@@ -1,12 +1,11 @@
 """Attention over chosen blocks: forward, dq, and dk/dv over the inverse index.
 
-Forward and dq are query-major: one program per query and KV head walks the query's blocks; its rows are the group's
-heads, padded to 16. For small groups and many queries the forward is block-major instead: K and V of a block stay put,
-the queries of a chunk that chose it pass by, and what each row got from each of its n blocks waits in a scratch that
-fits into L2 until a second kernel adds it up in slot order. dk/dv is block-major: one program per block and segment of
-the list of queries that chose it, rows = queries × heads; lists longer than a segment (block 0's holds every query)
-leave fp32 partial sums that a last kernel adds in order. No atomics: results are the same from run to run and whatever else is in the batch.
-Leaves out the gate's own gradient (gating.py) and the choice of blocks (scoring.py).
+The kernels here are query-major: one program per query and KV head walks the query's blocks; its rows are the group's
+heads, padded to 16. dk/dv is block-major: one program per block and segment of the list of queries that chose it, rows =
+queries × heads; lists longer than a segment (block 0's holds every query) leave fp32 partial sums that a last kernel
+adds in order. Where there are many queries, gathered.py does all of it block by block instead. No atomics: results are
+the same from run to run and whatever else is in the batch. Leaves out the gate's own gradient (gating.py) and the choice
+of blocks (scoring.py).
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ import triton
 import triton.language as tl
 
 from nsa.config import SparsityConfig
+from nsa.kernels.gathered import gathered_backward, gathered_forward, gathers, padded
 from nsa.kernels.inverse import InverseIndex, invert_selection
 from nsa.kernels.scoring import LOG2_E, dot_precision
 from nsa.kernels.tiles import KernelPlan
@@ -26,17 +26,6 @@ QUERY_TILE = 64
 """Queries of a table entry; each is a program of its own."""
 SEGMENT_ROWS = 32768
 """Rows (queries × heads) of a list that one dk/dv program takes at most."""
-
-GATHER_MAX_GROUP = 4
-GATHER_MIN_QUERIES = 4096
-"""The forward is block-major up to this group size and from this many packed queries on."""
-GATHER_MAX_BLOCK_BYTES = 2**17
-"""A block's K and V beyond this do not fit into shared memory beside the queries."""
-GATHER_SCRATCH_BYTES = 2**25
-"""Partial results of a chunk: small enough to stay in an H100's L2."""
-GATHER_PART_TILES = 8
-"""Tiles of rows that one program of the block-major forward takes at most."""
-MAX_BOUNDS = 2**22
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +38,6 @@ class SelectedTile:
     num_stages: int
 
 
-def padded(size: int) -> int:
-    """The power of two >= 16 that holds `size`."""
-    return max(16, triton.next_power_of_2(size))
-
-
 def query_tile(dims: int, group: int, block: int, dtype: torch.dtype) -> SelectedTile:
     """Fixed shapes of forward and dq; `dims` = padded Dk + Dv."""
     wide = dims > 256 or dtype == torch.float32
@@ -64,14 +48,9 @@ def key_tile(dims: int, group: int, block: int, dtype: torch.dtype) -> SelectedT
     """Fixed shapes of dk/dv; `dims` = padded Dk + Dv."""
     if dtype == torch.float32:
         return SelectedTile(keys=min(padded(block), 32), rows=max(32 if dims <= 256 else 16, padded(group)), num_warps=4, num_stages=1)
-    return SelectedTile(keys=min(padded(block), 64), rows=max(32, padded(group)), num_warps=4 if dims <= 256 else 8, num_stages=3 if dims <= 256 else 2)
-
-
-def gather_tile(dims: int, group: int, block: int, dtype: torch.dtype) -> SelectedTile:
-    """Fixed shapes of the block-major forward; `dims` = padded Dk + Dv."""
-    if dtype == torch.float32:
-        return SelectedTile(keys=padded(block), rows=max(32 if dims <= 256 else 16, padded(group)), num_warps=4, num_stages=1)
-    return SelectedTile(keys=padded(block), rows=max(64, padded(group)), num_warps=4, num_stages=2)
+    return SelectedTile(
+        keys=min(padded(block), 64), rows=max(32, padded(group)), num_warps=4 if dims <= 256 else 8, num_stages=3 if dims <= 256 else 2
+    )
 
 
 @triton.jit
@@ -139,113 +118,6 @@ def selected_forward_kernel(
     if ACCUMULATE:
         result += tl.load(target, mask=store, other=0.0).to(tl.float32)
     tl.store(target, result, mask=store)
-
-
-@triton.jit
-def chunk_bounds_kernel(queries, ends, bounds, first_query, chunk, num_lists, LISTS: tl.constexpr):
-    """bounds[c, list] = first entry of the list whose query row is >= first_query + c · chunk, by binary search."""
-    owner = tl.program_id(0) * LISTS + tl.arange(0, LISTS)
-    low = tl.load(ends + owner, mask=owner < num_lists, other=0)
-    high = tl.load(ends + owner + 1, mask=owner < num_lists, other=0)
-    while tl.max(high - low, axis=0) > 0:
-        middle = (low + high) // 2
-        searching = low < high
-        below = tl.load(queries + middle, mask=searching, other=0) < first_query + tl.program_id(1) * chunk
-        low, high = tl.where(searching & below, middle + 1, low), tl.where(searching & ~below, middle, high)
-    tl.store(bounds + tl.program_id(1).to(tl.int64) * num_lists + owner, low, mask=owner < num_lists)
-
-
-@triton.jit
-def gathered_forward_kernel(
-    q, k, v, partial, stats, queries, slots, bounds, next_bounds, owners, part_ends, block_sequence, block_ends, query_ends, key_ends,
-    q_row, q_head, k_row, k_head, v_row, v_head, kv_head, num_blocks, first_query, scale_log2,
-    GROUP: tl.constexpr, KEY_DIM: tl.constexpr, KEY_PAD: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr, ROWS: tl.constexpr,
-    KEYS: tl.constexpr, SELECT: tl.constexpr, CHOSEN: tl.constexpr, PART: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """One block against a part of the chunk's queries that chose it: each row's own softmax over the block's keys.
-
-    partial `[chunk, n, G, Dv]` = normalised output, stats fp32 `[chunk, n, G]` = log2 of the sum of exp2; -inf where
-    the row sees none of the keys."""
-    block = tl.load(owners + tl.program_id(0))
-    if block >= num_blocks:
-        return
-    part = tl.program_id(0) - tl.load(part_ends + block - 1, mask=block > 0, other=0)
-    sequence = tl.load(block_sequence + block)
-    key_start, key_end = tl.load(key_ends + sequence), tl.load(key_ends + sequence + 1)
-    offset = key_end - key_start - tl.load(query_ends + sequence + 1)  # position = packed query row + offset
-    inner = tl.arange(0, KEYS)
-    key = (block - tl.load(block_ends + sequence)) * SELECT + inner
-    exists = (inner < SELECT) & (key < key_end - key_start)
-    key_row = (key_start + key).to(tl.int64)
-    key_dim, value_dim = tl.arange(0, KEY_PAD), tl.arange(0, VALUE_PAD)
-    key_mask, value_mask = exists[:, None] & (key_dim < KEY_DIM)[None, :], exists[:, None] & (value_dim < VALUE_DIM)[None, :]
-    k_tile = tl.load(k + key_row[:, None] * k_row + kv_head * k_head + key_dim[None, :], mask=key_mask, other=0.0)
-    v_tile = tl.load(v + key_row[:, None] * v_row + kv_head * v_head + value_dim[None, :], mask=value_mask, other=0.0)
-    first = tl.load(bounds + block) + part * PART
-    last = tl.minimum(first + PART, tl.load(next_bounds + block))
-    TILE: tl.constexpr = ROWS // GROUP
-    lane = tl.arange(0, ROWS)
-    for start in range(first, last, TILE):
-        entry = start + lane // GROUP
-        valid = (lane < TILE * GROUP) & (entry < last)
-        row = tl.load(queries + entry, mask=valid, other=0)
-        slot = tl.load(slots + entry, mask=valid, other=0).to(tl.int32)
-        seen = exists[None, :] & (key[None, :] <= (row + offset)[:, None]) & valid[:, None]
-        source = row.to(tl.int64) * q_row + (kv_head * GROUP + lane % GROUP) * q_head
-        q_tile = tl.load(q + source[:, None] + key_dim[None, :], mask=valid[:, None] & (key_dim < KEY_DIM)[None, :], other=0.0)
-        s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale_log2
-        s = tl.where(seen, s, float("-inf"))
-        highest = tl.max(s, axis=1)
-        highest = tl.where(highest == float("-inf"), 0.0, highest)
-        p = tl.exp2(s - highest[:, None])
-        total = tl.sum(p, axis=1)
-        some = total > 0
-        safe = tl.where(some, total, 1.0)
-        result = tl.dot(p.to(v_tile.dtype), v_tile, input_precision=PRECISION) / safe[:, None]
-        place = ((row - first_query) * CHOSEN + slot).to(tl.int64) * GROUP + lane % GROUP
-        tl.store(stats + place, tl.where(some, highest + tl.log2(safe), float("-inf")), mask=valid)
-        tl.store(partial + place[:, None] * VALUE_DIM + value_dim[None, :], result, mask=valid[:, None] & (value_dim < VALUE_DIM)[None, :])
-
-
-@triton.jit
-def merge_partials_kernel(
-    partial, stats, selection, gate, out, branch_out, lse, gate_row, gate_head, out_row, out_head, kv_head, num_kv_heads, first_query, num_queries,
-    GROUP: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr, ROWS: tl.constexpr, CHOSEN: tl.constexpr, CHOSEN_PAD: tl.constexpr,
-    ACCUMULATE: tl.constexpr, KEEP: tl.constexpr,
-):  # fmt: skip
-    """out (+)= gate · o, branch_out = o, lse from the partial results of a chunk, slot by slot."""
-    TILE: tl.constexpr = ROWS // GROUP
-    lane = tl.arange(0, ROWS)
-    local = tl.program_id(0) * TILE + lane // GROUP
-    valid = (lane < TILE * GROUP) & (local < num_queries)
-    row = (first_query + local).to(tl.int64)
-    head = kv_head * GROUP + lane % GROUP
-    slot = tl.arange(0, CHOSEN_PAD)
-    slot_mask = valid[:, None] & (slot < CHOSEN)[None, :]
-    chosen = tl.load(selection + ((row * num_kv_heads + kv_head) * CHOSEN)[:, None] + slot[None, :], mask=slot_mask, other=-1) >= 0
-    place = local.to(tl.int64) * (CHOSEN * GROUP) + lane % GROUP
-    logs = tl.load(stats + place[:, None] + slot[None, :] * GROUP, mask=chosen, other=float("-inf"))
-    highest = tl.max(logs, axis=1)
-    highest = tl.where(highest == float("-inf"), 0.0, highest)
-    total = tl.sum(tl.exp2(logs - highest[:, None]), axis=1)
-    some = total > 0
-    log = highest + tl.log2(tl.where(some, total, 1.0))
-    value_dim = tl.arange(0, VALUE_PAD)
-    store = valid[:, None] & (value_dim < VALUE_DIM)[None, :]
-    acc = tl.zeros([ROWS, VALUE_PAD], tl.float32)
-    for number in range(0, CHOSEN):
-        there = valid & (tl.load(selection + (row * num_kv_heads + kv_head) * CHOSEN + number, mask=valid, other=-1) >= 0)
-        weight = tl.exp2(tl.load(stats + place + number * GROUP, mask=there, other=float("-inf")) - log)
-        source = partial + (place + number * GROUP)[:, None] * VALUE_DIM + value_dim[None, :]
-        acc += weight[:, None] * tl.load(source, mask=there[:, None] & (value_dim < VALUE_DIM)[None, :], other=0.0).to(tl.float32)
-    tl.store(lse + row * (num_kv_heads * GROUP) + head, tl.where(some, log * 0.6931471805599453, float("-inf")), mask=valid)
-    if KEEP:
-        tl.store(branch_out + (row * (num_kv_heads * GROUP) + head)[:, None] * VALUE_DIM + value_dim[None, :], acc, mask=store)
-    acc *= tl.load(gate + row * gate_row + head * gate_head, mask=valid, other=0.0).to(tl.float32)[:, None]
-    target = out + (row * out_row + head * out_head)[:, None] + value_dim[None, :]
-    if ACCUMULATE:
-        acc += tl.load(target, mask=store, other=0.0).to(tl.float32)
-    tl.store(target, acc, mask=store)
 
 
 @triton.jit
@@ -385,66 +257,6 @@ def add_partials_kernel(
     tl.store(target + row[:, None] * DIM + dim[None, :], acc, mask=mask)
 
 
-def gathers(group: int, num_queries: int, block_bytes: int) -> bool:
-    """Whether the forward is block-major: the fixed rule on group size, packed queries and bytes of a block's K and V."""
-    return group <= GATHER_MAX_GROUP and num_queries >= GATHER_MIN_QUERIES and block_bytes <= GATHER_MAX_BLOCK_BYTES
-
-
-def gathered_forward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    selection: torch.Tensor,
-    index: InverseIndex,
-    plan: KernelPlan,
-    config: SparsityConfig,
-    *,
-    scale: float,
-    gate: torch.Tensor,
-    out: torch.Tensor,
-    branch_out: torch.Tensor | None,
-    lse: torch.Tensor,
-    accumulate: bool,
-) -> None:
-    """`selected_forward` block by block, one KV head and chunk of queries after another; fills out, branch_out and lse."""
-    num_queries, num_heads, key_dim = q.shape
-    num_kv_heads, value_dim, size, n = k.shape[1], v.shape[2], config.select_block_size, config.num_selected_blocks
-    group, num_blocks = num_heads // num_kv_heads, index.num_blocks
-    shape = gather_tile(padded(key_dim) + padded(value_dim), group, size, q.dtype)
-    chunk = min(num_queries, max(64, GATHER_SCRATCH_BYTES // (n * group * (value_dim * q.element_size() + 4))))
-    partial = torch.empty(chunk * n * group, value_dim, dtype=q.dtype, device=q.device)
-    stats = torch.empty(chunk * n * group, dtype=torch.float32, device=q.device)
-    num_lists, part = num_kv_heads * num_blocks, GATHER_PART_TILES * (shape.rows // group)
-    programs = num_blocks + chunk * n // part
-    numbers = torch.arange(programs, device=q.device)
-    merge_rows = max(32, padded(group))
-    shared = {"GROUP": group, "VALUE_DIM": value_dim, "VALUE_PAD": padded(value_dim), "CHOSEN": n}
-    # Chunks whose bounds are looked up together: a table of bounded size.
-    together = max(1, MAX_BOUNDS // num_lists)
-    for base in range(0, num_queries, together * chunk):
-        count = min(together, -(-(num_queries - base) // chunk))
-        bounds = torch.empty(count + 1, num_kv_heads, num_blocks, dtype=torch.int64, device=q.device)
-        chunk_bounds_kernel[(triton.cdiv(num_lists, 256), count + 1)](index.queries, index.ends, bounds, base, chunk, num_lists, LISTS=256)
-        part_ends = ((bounds.diff(dim=0) + (part - 1)) // part).cumsum(-1)
-        owners = torch.searchsorted(part_ends, numbers.expand(count, num_kv_heads, programs).contiguous(), right=True, out_int32=True)
-        for kv_head in range(num_kv_heads):
-            for number in range(count):
-                first = base + number * chunk
-                rows = min(chunk, num_queries - first)
-                gathered_forward_kernel[(programs,)](
-                    q, k, v, partial, stats, index.queries, index.slots, bounds[number, kv_head], bounds[number + 1, kv_head],
-                    owners[number, kv_head], part_ends[number, kv_head], index.block_sequence, index.block_ends, plan.query_ends, plan.key_ends,
-                    *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], kv_head, num_blocks, first, scale * LOG2_E,
-                    **shared, KEY_DIM=key_dim, KEY_PAD=padded(key_dim), ROWS=shape.rows, KEYS=shape.keys, SELECT=size, PART=part,
-                    PRECISION=dot_precision(), num_warps=shape.num_warps, num_stages=shape.num_stages,
-                )  # fmt: skip
-                merge_partials_kernel[(triton.cdiv(rows, merge_rows // group),)](
-                    partial, stats, selection, gate, out, out if branch_out is None else branch_out, lse, *gate.stride(), *out.stride()[:2],
-                    kv_head, num_kv_heads, first, rows, **shared, ROWS=merge_rows, CHOSEN_PAD=triton.next_power_of_2(n),
-                    ACCUMULATE=accumulate, KEEP=branch_out is not None, num_warps=4, num_stages=4,
-                )  # fmt: skip
-
-
 def selected_forward(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -478,7 +290,7 @@ def selected_forward(
     if not lse.numel():
         return branch_out, lse
     dims = padded(key_dim) + padded(value_dim)
-    if gathers(group, q.shape[0], padded(size) * dims * q.element_size()):
+    if gathers(group, q.shape[0], padded(size) * dims * q.element_size(), q.dtype):
         index = invert_selection(selection, plan, config) if inverse is None else inverse
         gathered_forward(
             q, k, v, selection, index, plan, config, scale=scale, gate=gate, out=out, branch_out=branch_out, lse=lse, accumulate=accumulate
@@ -527,6 +339,9 @@ def selected_backward(
     if not q.shape[0] or not k.shape[0]:
         return torch.zeros_like(k, memory_format=torch.contiguous_format), torch.zeros_like(v, memory_format=torch.contiguous_format)
     dims = padded(key_dim) + padded(value_dim)
+    index = invert_selection(selection, plan, config) if inverse is None else inverse
+    if gathers(group, q.shape[0], padded(size) * dims * q.element_size(), q.dtype):
+        return gathered_backward(d_out, q, k, v, selection, lse, delta_b, gate, index, plan, config, scale=scale, dq=dq)
     shared = {
         "GROUP": group, "KEY_DIM": key_dim, "KEY_PAD": padded(key_dim), "VALUE_DIM": value_dim, "VALUE_PAD": padded(value_dim), "SELECT": size,
         "PRECISION": dot_precision(),
@@ -539,7 +354,6 @@ def selected_backward(
         **shared, ROWS=shape.rows, KEYS=shape.keys, CHOSEN=n, CHOSEN_PAD=triton.next_power_of_2(n), QUERIES=QUERY_TILE, num_warps=shape.num_warps,
         num_stages=shape.num_stages,
     )  # fmt: skip
-    index = invert_selection(selection, plan, config) if inverse is None else inverse
     shape = key_tile(dims, group, size, q.dtype)
     dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
     dv = torch.empty(v.shape, dtype=k.dtype, device=k.device)

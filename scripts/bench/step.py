@@ -77,6 +77,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--kv", choices=["separate", "shared"], default="separate")
     parser.add_argument("--no-graphs", action="store_true")
+    parser.add_argument("--backend", default="auto", help="attention backend of ours: auto, torch, triton")
     parser.add_argument("--no-peer", action="store_true")
     args = parser.parse_args()
     if args.sequences % args.group:
@@ -92,7 +93,7 @@ def main() -> None:
 def time_ours(args: argparse.Namespace) -> None:
     """Weight sync, rollout and update of the engine and the learner."""
     shape = SHAPES[args.shape]
-    model = NSAForCausalLM(NSAConfig(**shape, **SPARSITY[args.shape], **COMMON, kv=args.kv))
+    model = NSAForCausalLM(NSAConfig(**shape, **SPARSITY[args.shape], **COMMON, kv=args.kv, attention_backend=args.backend))
     words = {f"t{i}": i for i in range(shape["vocab_size"])}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="t0")))
     config = RunConfig(

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nsa.config import SparsityConfig
-from nsa.kernels.inverse import invert_selection
+from nsa.kernels.inverse import cut_lists, invert_selection, query_cuts
 from nsa.kernels.tiles import KernelPlan
 from nsa.testing import cumulative
 
@@ -65,3 +65,44 @@ def test_more_lists_than_int16_counts():
     index = invert_selection(selection, plan, config)
     lists = {b: index.queries[index.ends[b] : index.ends[b + 1]].tolist() for b in (0, 39996, 39997, 39998, 39999)}
     assert lists == {0: [0, 1], 39996: [], 39997: [1], 39998: [0], 39999: [1]}
+
+
+def test_cuts_lie_at_multiples_from_each_sequence_s_own_start():
+    config = SparsityConfig(compressor="mean")
+    plan = KernelPlan(cumulative([5, 25, 0, 3, 10]), None, config=config, device=torch.device(DEVICE))
+    cuts, device_cuts = query_cuts(plan, 10)
+    assert cuts == [0, 5, 15, 25, 33, 43] == device_cuts.tolist()
+
+
+@pytest.mark.parametrize("keep_empty", [True, False])
+@pytest.mark.parametrize("local", [-1, 2])
+def test_work_covers_every_entry_once(monkeypatch, keep_empty, local):
+    monkeypatch.setattr("nsa.kernels.inverse.MAX_BOUNDS", 40)
+    config = SparsityConfig(compress_block_size=8, compress_stride=4, select_block_size=8, num_selected_blocks=5, compressor="mean")
+    lengths, queries, heads, part = [63, 1, 100], [40, 1, 90], 2, 7
+    plan = KernelPlan(cumulative(queries), cumulative(lengths), config=config, device=torch.device(DEVICE))
+    index = invert_selection(random_selection(lengths, queries, heads, config).to(DEVICE), plan, config)
+    cuts, device_cuts = query_cuts(plan, 32)
+    seen, ends = [], index.ends.tolist()
+    for base, work in cut_lists(index, device_cuts, plan, 8, part, 32 * 5, init=1, local=local, keep_empty=keep_empty):
+        for number, head in ((number, head) for number in range(work.blocks.shape[0]) for head in range(heads)):
+            programs = list(zip(*(x[number, head].tolist() for x in (work.blocks, work.firsts, work.sizes, work.segments)), strict=True))
+            counts = work.segment_counts[number, head].tolist()
+            places = sorted(place for *_, place in programs if place >= 0)
+            assert places == list(range(sum(counts))) and 1 not in counts
+            assert not keep_empty or {block for block, *_ in programs} >= set(range(index.num_blocks))
+            for block, first, size, _ in programs:
+                assert size <= part and (block >= 0 or size == -1)
+                for entry in range(first, first + max(size, 0)):
+                    assert ends[head * index.num_blocks + block] <= entry < ends[head * index.num_blocks + block + 1]
+                    assert cuts[base + number] <= index.queries[entry] < cuts[base + number + 1]
+                    seen.append(entry)
+    wanted = []
+    for owner in range(heads * index.num_blocks):
+        sequence = int(index.block_sequence[owner % index.num_blocks])
+        block = owner % index.num_blocks - int(index.block_ends[sequence])
+        for entry in range(ends[owner], ends[owner + 1]):
+            position = int(index.queries[entry]) - sum(queries[: sequence + 1]) + lengths[sequence]
+            if local < 0 or (block >= 1 and position // 8 >= block + local):
+                wanted.append(entry)
+    assert sorted(seen) == wanted

@@ -1,0 +1,504 @@
+"""Attention over chosen blocks, block by block: K and V of a block stay put and the queries that chose it pass by.
+
+A query-major kernel pulls 32 KB of K and V per query, KV head and block through L2; here what passes by is one row of q
+(and d_out) per head, and what each row got from each of its n blocks waits in a scratch in memory until a second kernel
+adds it up in slot order. One KV head and range of queries after another, so that the scratch stays small.
+
+    forward   gathered_forward_kernel (softmax of each block by itself) -> merge_kernel, which also computes the blocks
+              that neighbouring queries share (the sequence's first and each query's last), so that they skip the scratch
+    backward  gathered_backward_kernel (dk, dv of a block; parts of dq) -> add_segments_kernel, add_dq_kernel
+
+No atomics; lists, ranges and segments are cut from each sequence's own start, so results are the same from run to run
+and whatever else is in the batch. Leaves out small batches, big groups and fp32 (selected.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from nsa.config import SparsityConfig
+from nsa.kernels.inverse import InverseIndex, Work, cut_lists, query_cuts
+from nsa.kernels.scoring import LOG2_E, dot_precision
+from nsa.kernels.tiles import KernelPlan
+
+MIN_QUERIES = 4096
+"""Fewer packed queries than this go query by query."""
+MAX_GROUP = 16
+MAX_BLOCK_BYTES = 2**17
+"""A block's K and V beyond this do not fit into shared memory beside the queries."""
+DTYPES = (torch.bfloat16, torch.float16)
+
+
+class Launch(NamedTuple):
+    """Rows (queries × heads) of a tile, and how its program is scheduled."""
+
+    rows: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True, slots=True)
+class GatherShapes:
+    """Every number of the block-major kernels that is tuned.
+
+    forward_part, backward_part: rows of a list that one program takes at most. forward_scratch, backward_scratch: bytes.
+    shared_blocks: compute first and last blocks in the merge kernel.
+    """
+
+    forward: Launch
+    merge: Launch
+    backward: Launch
+    add_dq: Launch
+    forward_part: int
+    backward_part: int
+    forward_scratch: int = 2**29
+    backward_scratch: int = 2**30
+    shared_blocks: bool = True
+
+
+def padded(size: int) -> int:
+    """The power of two >= 16 that holds `size`."""
+    return max(16, triton.next_power_of_2(size))
+
+
+def gather_shapes(dims: int, group: int, dtype: torch.dtype) -> GatherShapes:
+    """The fixed table; `dims` = padded Dk + Dv."""
+    least = padded(group)
+    if dtype == torch.float32:
+        small = Launch(max(16, least), 4, 1)
+        return GatherShapes(forward=small, merge=small, backward=small, add_dq=small, forward_part=1024, backward_part=8192)
+    wide = dims > 256
+    return GatherShapes(
+        forward=Launch(max(64, least), 4, 2),
+        merge=Launch(max(64, least), 4, 2),
+        backward=Launch(max(32, least), 8 if wide else 4, 2 if wide else 3),
+        add_dq=Launch(max(32, least), 4, 4),
+        forward_part=1024,
+        backward_part=8192,
+    )
+
+
+def gathers(group: int, num_queries: int, block_bytes: int, dtype: torch.dtype) -> bool:
+    """Whether to go block by block: the fixed rule on group size, packed queries, bytes of a block's K and V, and dtype."""
+    return group <= MAX_GROUP and num_queries >= MIN_QUERIES and block_bytes <= MAX_BLOCK_BYTES and dtype in DTYPES
+
+
+@triton.jit(do_not_specialize=["range_number", "first_head", "first_query", "num_rows"])
+def gathered_forward_kernel(
+    q, k, v, partial, stats, queries, slots, blocks, firsts, sizes, block_sequence, block_ends, query_ends, key_ends,
+    q_row, q_head, k_row, k_head, v_row, v_head, num_kv_heads, range_number, first_head, first_query, num_rows, scale_log2,
+    GROUP: tl.constexpr, KEY_DIM: tl.constexpr, KEY_PAD: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr, ROWS: tl.constexpr,
+    KEYS: tl.constexpr, SELECT: tl.constexpr, CHOSEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One block against a part of the range's queries that chose it: each row's own softmax over the block's keys.
+
+    partial `[heads, rows, n, G, Dv]` = normalised output, stats fp32 `[heads, rows, n, G]` = log2 of the sum of exp2;
+    -inf where the row sees none of the keys."""
+    kv_head = first_head + tl.program_id(1)
+    item = (range_number * num_kv_heads + kv_head) * tl.num_programs(0) + tl.program_id(0)
+    block, size = tl.load(blocks + item), tl.load(sizes + item)
+    if size <= 0:
+        return
+    sequence = tl.load(block_sequence + block)
+    key_start, key_end = tl.load(key_ends + sequence), tl.load(key_ends + sequence + 1)
+    offset = key_end - key_start - tl.load(query_ends + sequence + 1)  # position = packed query row + offset
+    inner = tl.arange(0, KEYS)
+    key = (block - tl.load(block_ends + sequence)) * SELECT + inner
+    exists = (inner < SELECT) & (key < key_end - key_start)
+    key_row = (key_start + key).to(tl.int64)
+    key_dim, value_dim = tl.arange(0, KEY_PAD), tl.arange(0, VALUE_PAD)
+    key_mask, value_mask = exists[:, None] & (key_dim < KEY_DIM)[None, :], exists[:, None] & (value_dim < VALUE_DIM)[None, :]
+    k_tile = tl.load(k + key_row[:, None] * k_row + kv_head * k_head + key_dim[None, :], mask=key_mask, other=0.0)
+    v_tile = tl.load(v + key_row[:, None] * v_row + kv_head * v_head + value_dim[None, :], mask=value_mask, other=0.0)
+    first = tl.load(firsts + item)
+    queries += first
+    slots += first
+    TILE: tl.constexpr = ROWS // GROUP
+    lane = tl.arange(0, ROWS)
+    for start in range(0, size, TILE):
+        entry = start + lane // GROUP
+        valid = (lane < TILE * GROUP) & (entry < size)
+        row = tl.load(queries + entry, mask=valid, other=0)
+        slot = tl.load(slots + entry, mask=valid, other=0).to(tl.int32)
+        source = row.to(tl.int64) * q_row + (kv_head * GROUP + lane % GROUP) * q_head
+        q_mask = valid[:, None] & (key_dim < KEY_DIM)[None, :]
+        q_tile = tl.load(q + source[:, None] + key_dim[None, :], mask=q_mask, other=0.0, eviction_policy="evict_last")
+        s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale_log2
+        s = tl.where(exists[None, :] & (key[None, :] <= (row + offset)[:, None]), s, float("-inf"))
+        highest = tl.max(s, axis=1)
+        highest = tl.where(highest == float("-inf"), 0.0, highest)
+        p = tl.exp2(s - highest[:, None])
+        total = tl.sum(p, axis=1)
+        some = total > 0
+        safe = tl.where(some, total, 1.0)
+        result = tl.dot(p.to(v_tile.dtype), v_tile, input_precision=PRECISION) * (1.0 / safe)[:, None]
+        place = ((tl.program_id(1) * num_rows + row - first_query).to(tl.int64) * CHOSEN + slot) * GROUP + lane % GROUP
+        tl.store(stats + place, tl.where(some, highest + tl.log2(safe), float("-inf")), mask=valid)
+        target = partial + place[:, None] * VALUE_DIM + value_dim[None, :]
+        tl.store(target, result, mask=valid[:, None] & (value_dim < VALUE_DIM)[None, :], eviction_policy="evict_first")
+
+
+@triton.jit(do_not_specialize=["first_head", "first_query", "num_rows"])
+def merge_kernel(
+    q, k, v, partial, stats, selection, gate, out, branch_out, lse, row_sequence, query_ends, key_ends,
+    q_row, q_head, k_row, k_head, v_row, v_head, gate_row, gate_head, out_row, out_head, num_kv_heads, first_head, first_query, num_rows, scale_log2,
+    GROUP: tl.constexpr, KEY_DIM: tl.constexpr, KEY_PAD: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr, ROWS: tl.constexpr,
+    KEYS: tl.constexpr, SELECT: tl.constexpr, CHOSEN: tl.constexpr, CHOSEN_PAD: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr,
+    ACCUMULATE: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """out (+)= gate · o, branch_out = o, lse: attention over the chosen ones of a sequence's first INIT and each query's
+    last LOCAL blocks, then the partial results of the other blocks, slot by slot."""
+    TILE: tl.constexpr = ROWS // GROUP
+    kv_head = first_head + tl.program_id(1)
+    lane = tl.arange(0, ROWS)
+    begin = tl.program_id(0) * TILE
+    local = begin + lane // GROUP
+    valid = (lane < TILE * GROUP) & (local < num_rows)
+    row = first_query + local
+    row_wide = row.to(tl.int64)
+    head = kv_head * GROUP + lane % GROUP
+    own = tl.load(row_sequence + row, mask=valid, other=0)
+    position = row - tl.load(query_ends + own + 1) + tl.load(key_ends + own + 1) - tl.load(key_ends + own)
+    current = position // SELECT
+    slot = tl.arange(0, CHOSEN_PAD)
+    slot_mask = valid[:, None] & (slot < CHOSEN)[None, :]
+    chosen = tl.load(selection + ((row_wide * num_kv_heads + kv_head) * CHOSEN)[:, None] + slot[None, :], mask=slot_mask, other=-1)
+    key_dim, value_dim = tl.arange(0, KEY_PAD), tl.arange(0, VALUE_PAD)
+    store = valid[:, None] & (value_dim < VALUE_DIM)[None, :]
+    highest = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, VALUE_PAD], tl.float32)
+    if INIT + LOCAL > 0:
+        q_source = q + (row_wide * q_row + head * q_head)[:, None] + key_dim[None, :]
+        q_tile = tl.load(q_source, mask=valid[:, None] & (key_dim < KEY_DIM)[None, :], other=0.0)
+        first_row = first_query + begin
+        last_row = first_query + tl.minimum(begin + TILE, num_rows) - 1
+        inner = tl.arange(0, KEYS)
+        for sequence in range(tl.load(row_sequence + first_row), tl.load(row_sequence + last_row) + 1):
+            query_start, query_end = tl.load(query_ends + sequence), tl.load(query_ends + sequence + 1)
+            key_start, key_end = tl.load(key_ends + sequence), tl.load(key_ends + sequence + 1)
+            offset = key_end - key_start - query_end
+            lowest = tl.maximum((tl.maximum(first_row, query_start) + offset) // SELECT - LOCAL + 1, INIT)
+            last_block = (tl.minimum(last_row, query_end - 1) + offset) // SELECT
+            steps = tl.where(query_start < query_end, INIT + tl.maximum(last_block - lowest + 1, 0), 0)
+            keys = k + key_start.to(tl.int64) * k_row + kv_head * k_head
+            values = v + key_start.to(tl.int64) * v_row + kv_head * v_head
+            for step in range(0, steps):
+                block = tl.where(step < INIT, step, lowest + step - INIT)
+                key = block * SELECT + inner
+                exists = (inner < SELECT) & (key < key_end - key_start)
+                wide = key.to(tl.int64)[:, None]
+                k_tile = tl.load(keys + wide * k_row + key_dim[None, :], mask=exists[:, None] & (key_dim < KEY_DIM)[None, :], other=0.0)
+                v_tile = tl.load(values + wide * v_row + value_dim[None, :], mask=exists[:, None] & (value_dim < VALUE_DIM)[None, :], other=0.0)
+                mine = valid & (own == sequence) & (tl.max((chosen == block).to(tl.int32), axis=1) > 0)
+                mine &= (block < INIT) | (block > current - LOCAL)
+                s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale_log2
+                s = tl.where(mine[:, None] & exists[None, :] & (key[None, :] <= position[:, None]), s, float("-inf"))
+                new = tl.maximum(highest, tl.max(s, axis=1))
+                base = tl.where(new == float("-inf"), 0.0, new)
+                p = tl.exp2(s - base[:, None])
+                shrink = tl.exp2(highest - base)
+                total = total * shrink + tl.sum(p, axis=1)
+                acc = acc * shrink[:, None] + tl.dot(p.to(v_tile.dtype), v_tile, input_precision=PRECISION)
+                highest = new
+    place = ((tl.program_id(1) * num_rows + local) * (CHOSEN * GROUP)).to(tl.int64) + lane % GROUP
+    waits = (chosen >= INIT) & (chosen <= current[:, None] - LOCAL)
+    logs = tl.load(stats + place[:, None] + slot[None, :] * GROUP, mask=waits, other=float("-inf"))
+    base = tl.maximum(highest, tl.max(logs, axis=1))
+    base = tl.where(base == float("-inf"), 0.0, base)
+    shrink = tl.exp2(highest - base)
+    total = total * shrink + tl.sum(tl.exp2(logs - base[:, None]), axis=1)
+    some = total > 0
+    log = base + tl.log2(tl.where(some, total, 1.0))
+    acc *= tl.where(some, tl.exp2(highest - log), 0.0)[:, None]
+    for number in range(0, CHOSEN):
+        block = tl.load(selection + (row_wide * num_kv_heads + kv_head) * CHOSEN + number, mask=valid, other=-1)
+        there = (block >= INIT) & (block <= current - LOCAL)
+        weight = tl.exp2(tl.load(stats + place + number * GROUP, mask=there, other=float("-inf")) - log)
+        source = partial + (place + number * GROUP)[:, None] * VALUE_DIM + value_dim[None, :]
+        mask = there[:, None] & (value_dim < VALUE_DIM)[None, :]
+        acc += weight[:, None] * tl.load(source, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
+    tl.store(lse + row_wide * (num_kv_heads * GROUP) + head, tl.where(some, log * 0.6931471805599453, float("-inf")), mask=valid)
+    if KEEP:
+        tl.store(branch_out + (row_wide * (num_kv_heads * GROUP) + head)[:, None] * VALUE_DIM + value_dim[None, :], acc, mask=store)
+    acc *= tl.load(gate + row_wide * gate_row + head * gate_head, mask=valid, other=0.0).to(tl.float32)[:, None]
+    target = out + (row_wide * out_row + head * out_head)[:, None] + value_dim[None, :]
+    if ACCUMULATE:
+        acc += tl.load(target, mask=store, other=0.0).to(tl.float32)
+    tl.store(target, acc, mask=store)
+
+
+@triton.jit
+def add_range(acc, total, target, total_place, target_place, mask, first_range, last_range):
+    """Adds a range's sum to those of the ranges before; the last one's goes to its target."""
+    if first_range == 0:
+        acc += tl.load(total + total_place, mask=mask, other=0.0)
+    if last_range != 0:
+        tl.store(target + target_place, acc, mask=mask)
+    else:
+        tl.store(total + total_place, acc, mask=mask)
+
+
+@triton.jit(do_not_specialize=["range_number", "first_head", "first_query", "num_rows", "first_range", "last_range"])
+def gathered_backward_kernel(
+    d_out, q, k, v, lse, delta, gate, dk, dv, total_dk, total_dv, segment_dk, segment_dv, partial, queries, slots, blocks, firsts, sizes, segments,
+    block_sequence, block_ends, query_ends, key_ends,
+    d_out_row, d_out_head, q_row, q_head, k_row, k_head, v_row, v_head, delta_row, delta_head, gate_row, gate_head,
+    num_kv_heads, num_keys, num_segments, range_number, first_head, first_query, num_rows, first_range, last_range, scale, scale_log2,
+    GROUP: tl.constexpr, KEY_DIM: tl.constexpr, KEY_PAD: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr, ROWS: tl.constexpr,
+    KEYS: tl.constexpr, SELECT: tl.constexpr, CHOSEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dk, dv of a block from one part of its list within the range, and the part of dq that each row gets from the block.
+
+    partial `[heads, rows, n, G, Dk]` = dS K. Where the list has more parts, segment_dk, segment_dv take fp32 sums."""
+    kv_head = first_head + tl.program_id(1)
+    item = (range_number * num_kv_heads + kv_head) * tl.num_programs(0) + tl.program_id(0)
+    block, size = tl.load(blocks + item), tl.load(sizes + item)
+    if block < 0:
+        return
+    sequence = tl.load(block_sequence + block)
+    key_start, key_end = tl.load(key_ends + sequence), tl.load(key_ends + sequence + 1)
+    offset = key_end - key_start - tl.load(query_ends + sequence + 1)  # position = packed query row + offset
+    inner = tl.arange(0, KEYS)
+    key = (block - tl.load(block_ends + sequence)) * SELECT + inner
+    exists = (inner < SELECT) & (key < key_end - key_start)
+    key_row = (key_start + key).to(tl.int64)
+    key_dim, value_dim = tl.arange(0, KEY_PAD), tl.arange(0, VALUE_PAD)
+    key_mask, value_mask = exists[:, None] & (key_dim < KEY_DIM)[None, :], exists[:, None] & (value_dim < VALUE_DIM)[None, :]
+    k_tile = tl.load(k + key_row[:, None] * k_row + kv_head * k_head + key_dim[None, :], mask=key_mask, other=0.0)
+    v_tile = tl.load(v + key_row[:, None] * v_row + kv_head * v_head + value_dim[None, :], mask=value_mask, other=0.0)
+    first = tl.load(firsts + item)
+    queries += first
+    slots += first
+    TILE: tl.constexpr = ROWS // GROUP
+    lane = tl.arange(0, ROWS)
+    head = kv_head * GROUP + lane % GROUP
+    acc_k = tl.zeros([KEYS, KEY_PAD], tl.float32)
+    acc_v = tl.zeros([KEYS, VALUE_PAD], tl.float32)
+    for start in range(0, size, TILE):
+        entry = start + lane // GROUP
+        valid = (lane < TILE * GROUP) & (entry < size)
+        row = tl.load(queries + entry, mask=valid, other=0)
+        slot = tl.load(slots + entry, mask=valid, other=0).to(tl.int32)
+        seen = exists[:, None] & (key[:, None] <= (row + offset)[None, :]) & valid[None, :]
+        place = ((tl.program_id(1) * num_rows + row - first_query).to(tl.int64) * CHOSEN + slot) * GROUP + lane % GROUP
+        row = row.to(tl.int64)
+        q_tile = tl.load(q + (row * q_row + head * q_head)[:, None] + key_dim[None, :], mask=valid[:, None] & (key_dim < KEY_DIM)[None, :], other=0.0)
+        do_mask = valid[:, None] & (value_dim < VALUE_DIM)[None, :]
+        do_tile = tl.load(d_out + (row * d_out_row + head * d_out_head)[:, None] + value_dim[None, :], mask=do_mask, other=0.0)
+        gates = tl.load(gate + row * gate_row + head * gate_head, mask=valid, other=0.0).to(tl.float32)
+        deltas = tl.load(delta + row * delta_row + head * delta_head, mask=valid, other=0.0)
+        lse_log2 = tl.load(lse + row * (num_kv_heads * GROUP) + head, mask=valid, other=float("inf")) * 1.4426950408889634
+        s = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION) * scale_log2
+        p = tl.where(seen, tl.exp2(s - lse_log2[None, :]), 0.0)
+        dp = tl.dot(v_tile, tl.trans(do_tile), input_precision=PRECISION)
+        acc_v += tl.dot((p * gates[None, :]).to(do_tile.dtype), do_tile, input_precision=PRECISION)
+        ds = (p * (dp * gates[None, :] - deltas[None, :])).to(q_tile.dtype)
+        acc_k += tl.dot(ds, q_tile, input_precision=PRECISION)
+        dq = tl.dot(tl.trans(k_tile), ds, input_precision=PRECISION)
+        target = partial + place[None, :] * KEY_DIM + key_dim[:, None]
+        tl.store(target, dq, mask=valid[None, :] & (key_dim < KEY_DIM)[:, None], eviction_policy="evict_first")
+    acc_k *= scale
+    segment = tl.load(segments + item)
+    if segment >= 0:
+        sum_row = (tl.program_id(1) * num_segments + segment).to(tl.int64) * SELECT + inner
+        tl.store(segment_dk + sum_row[:, None] * KEY_DIM + key_dim[None, :], acc_k, mask=key_mask)
+        tl.store(segment_dv + sum_row[:, None] * VALUE_DIM + value_dim[None, :], acc_v, mask=value_mask)
+    else:
+        total_row = (tl.program_id(1).to(tl.int64) * num_keys + key_row)[:, None]
+        key_row = (key_row * num_kv_heads + kv_head)[:, None]
+        k_place, v_place = total_row * KEY_DIM + key_dim[None, :], total_row * VALUE_DIM + value_dim[None, :]
+        add_range(acc_k, total_dk, dk, k_place, key_row * KEY_DIM + key_dim[None, :], key_mask, first_range, last_range)
+        add_range(acc_v, total_dv, dv, v_place, key_row * VALUE_DIM + value_dim[None, :], value_mask, first_range, last_range)
+
+
+@triton.jit(do_not_specialize=["range_number", "first_head", "first_range", "last_range"])
+def add_segments_kernel(
+    segment_dk, segment_dv, total_dk, total_dv, dk, dv, segment_firsts, segment_counts, block_sequence, block_ends, key_ends,
+    num_kv_heads, num_keys, num_segments, range_number, first_head, first_range, last_range,
+    KEY_DIM: tl.constexpr, KEY_PAD: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr, KEYS: tl.constexpr, SELECT: tl.constexpr,
+):  # fmt: skip
+    """dk (z = 0) and dv (z = 1) of KEYS keys of the blocks that have several parts, first part to last."""
+    kv_head = first_head + tl.program_id(1)
+    steps: tl.constexpr = (SELECT + KEYS - 1) // KEYS
+    block = tl.program_id(0) // steps
+    item = (range_number * num_kv_heads + kv_head) * (tl.num_programs(0) // steps) + block
+    count = tl.load(segment_counts + item)
+    if count <= 1:
+        return
+    sequence = tl.load(block_sequence + block)
+    key_start, key_end = tl.load(key_ends + sequence), tl.load(key_ends + sequence + 1)
+    inner = tl.program_id(0) % steps * KEYS + tl.arange(0, KEYS)
+    key = (block - tl.load(block_ends + sequence)) * SELECT + inner
+    exists = (inner < SELECT) & (key < key_end - key_start)
+    key_row = (key_start + key).to(tl.int64)
+    total_row = (tl.program_id(1).to(tl.int64) * num_keys + key_row)[:, None]
+    key_row = (key_row * num_kv_heads + kv_head)[:, None]
+    sum_row = ((tl.program_id(1) * num_segments + tl.load(segment_firsts + item)).to(tl.int64) * SELECT + inner)[:, None]
+    if tl.program_id(2) == 0:
+        dim = tl.arange(0, KEY_PAD)[None, :]
+        mask = exists[:, None] & (dim < KEY_DIM)
+        acc = tl.zeros([KEYS, KEY_PAD], tl.float32)
+        for number in range(0, count):
+            acc += tl.load(segment_dk + (sum_row + number * SELECT) * KEY_DIM + dim, mask=mask, other=0.0)
+        add_range(acc, total_dk, dk, total_row * KEY_DIM + dim, key_row * KEY_DIM + dim, mask, first_range, last_range)
+    else:
+        dim = tl.arange(0, VALUE_PAD)[None, :]
+        mask = exists[:, None] & (dim < VALUE_DIM)
+        acc = tl.zeros([KEYS, VALUE_PAD], tl.float32)
+        for number in range(0, count):
+            acc += tl.load(segment_dv + (sum_row + number * SELECT) * VALUE_DIM + dim, mask=mask, other=0.0)
+        add_range(acc, total_dv, dv, total_row * VALUE_DIM + dim, key_row * VALUE_DIM + dim, mask, first_range, last_range)
+
+
+@triton.jit(do_not_specialize=["first_head", "first_query", "num_rows"])
+def add_dq_kernel(
+    partial, selection, dq, dq_row, dq_head, num_kv_heads, first_head, first_query, num_rows, scale,
+    GROUP: tl.constexpr, KEY_DIM: tl.constexpr, KEY_PAD: tl.constexpr, ROWS: tl.constexpr, CHOSEN: tl.constexpr,
+):  # fmt: skip
+    """dq += scale · the sum of the parts, slot by slot."""
+    TILE: tl.constexpr = ROWS // GROUP
+    kv_head = first_head + tl.program_id(1)
+    lane = tl.arange(0, ROWS)
+    local = tl.program_id(0) * TILE + lane // GROUP
+    valid = (lane < TILE * GROUP) & (local < num_rows)
+    row = (first_query + local).to(tl.int64)
+    dim = tl.arange(0, KEY_PAD)
+    place = ((tl.program_id(1) * num_rows + local) * (CHOSEN * GROUP)).to(tl.int64) + lane % GROUP
+    acc = tl.zeros([ROWS, KEY_PAD], tl.float32)
+    for number in range(0, CHOSEN):
+        there = tl.load(selection + (row * num_kv_heads + kv_head) * CHOSEN + number, mask=valid, other=-1) >= 0
+        source = partial + (place + number * GROUP)[:, None] * KEY_DIM + dim[None, :]
+        acc += tl.load(source, mask=there[:, None] & (dim < KEY_DIM)[None, :], other=0.0, eviction_policy="evict_first").to(tl.float32)
+    target = dq + (row * dq_row + (kv_head * GROUP + lane % GROUP) * dq_head)[:, None] + dim[None, :]
+    mask = valid[:, None] & (dim < KEY_DIM)[None, :]
+    tl.store(target, tl.load(target, mask=mask, other=0.0) + acc * scale, mask=mask)
+
+
+def widths(key_dim: int, value_dim: int) -> dict[str, int]:
+    """Head dimensions as kernels take them."""
+    return {"KEY_DIM": key_dim, "KEY_PAD": padded(key_dim), "VALUE_DIM": value_dim, "VALUE_PAD": padded(value_dim)}
+
+
+def ranges(cuts: list[int], work: Work, num_kv_heads: int, heads: int, base: int) -> Iterator[tuple[int, int, int, int, int]]:
+    """(range in the work tables, first KV head, KV heads, first query, queries) of one launch after another."""
+    for first_head in range(0, num_kv_heads, heads):
+        for number in range(work.blocks.shape[0]):
+            first, end = cuts[base + number], cuts[base + number + 1]
+            yield number, first_head, min(heads, num_kv_heads - first_head), first, end - first
+
+
+def gathered_forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    selection: torch.Tensor,
+    index: InverseIndex,
+    plan: KernelPlan,
+    config: SparsityConfig,
+    *,
+    scale: float,
+    gate: torch.Tensor,
+    out: torch.Tensor,
+    branch_out: torch.Tensor | None,
+    lse: torch.Tensor,
+    accumulate: bool,
+) -> None:
+    """`selected_forward` block by block; fills out, branch_out and lse."""
+    num_heads, key_dim, num_kv_heads, value_dim = q.shape[1], q.shape[2], k.shape[1], v.shape[2]
+    group, size, n = num_heads // num_kv_heads, config.select_block_size, config.num_selected_blocks
+    shapes = gather_shapes(padded(key_dim) + padded(value_dim), group, q.dtype)
+    init, local = (config.num_init_blocks, config.num_local_blocks) if shapes.shared_blocks else (0, 0)
+    row_bytes = n * group * (value_dim * q.element_size() + 4)
+    cuts, device_cuts = query_cuts(plan, max(64, shapes.forward_scratch // row_bytes))
+    most = max(end - start for start, end in pairwise(cuts))
+    heads = min(num_kv_heads, max(1, shapes.forward_scratch // (most * row_bytes)))
+    partial = torch.empty(heads * most * n * group, value_dim, dtype=q.dtype, device=q.device)
+    stats = torch.empty(heads * most * n * group, dtype=torch.float32, device=q.device)
+    part = max(1, shapes.forward_part // group)
+    strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2])
+    shared = {
+        "GROUP": group, **widths(key_dim, value_dim), "KEYS": padded(size), "SELECT": size, "CHOSEN": n, "PRECISION": dot_precision(),
+    }  # fmt: skip
+    rows, num_warps, num_stages = shapes.forward
+    merge_rows, merge_warps, merge_stages = shapes.merge
+    for base, work in cut_lists(index, device_cuts, plan, size, part, most * n, init=init, local=local, keep_empty=False):
+        for number, first_head, taken, first, count in ranges(cuts, work, num_kv_heads, heads, base):
+            gathered_forward_kernel[(work.blocks.shape[2], taken)](
+                q, k, v, partial, stats, index.queries, index.slots, work.blocks, work.firsts, work.sizes, index.block_sequence, index.block_ends,
+                plan.query_ends, plan.key_ends, *strides, num_kv_heads, number, first_head, first, count, scale * LOG2_E,
+                **shared, ROWS=rows, num_warps=num_warps, num_stages=num_stages,
+            )  # fmt: skip
+            merge_kernel[(triton.cdiv(count, merge_rows // group), taken)](
+                q, k, v, partial, stats, selection, gate, out, out if branch_out is None else branch_out, lse, index.row_sequence,
+                plan.query_ends, plan.key_ends, *strides, *gate.stride(), *out.stride()[:2], num_kv_heads, first_head, first, count, scale * LOG2_E,
+                **shared, ROWS=merge_rows, CHOSEN_PAD=triton.next_power_of_2(n), INIT=init, LOCAL=local, ACCUMULATE=accumulate,
+                KEEP=branch_out is not None, num_warps=merge_warps, num_stages=merge_stages,
+            )  # fmt: skip
+
+
+def gathered_backward(
+    d_out: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    selection: torch.Tensor,
+    lse: torch.Tensor,
+    delta_b: torch.Tensor,
+    gate: torch.Tensor,
+    index: InverseIndex,
+    plan: KernelPlan,
+    config: SparsityConfig,
+    *,
+    scale: float,
+    dq: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`selected_backward` block by block."""
+    num_heads, key_dim, num_kv_heads, value_dim = q.shape[1], q.shape[2], k.shape[1], v.shape[2]
+    group, size, n = num_heads // num_kv_heads, config.select_block_size, config.num_selected_blocks
+    shapes = gather_shapes(padded(key_dim) + padded(value_dim), group, q.dtype)
+    row_bytes = n * group * key_dim * q.element_size()
+    cuts, device_cuts = query_cuts(plan, max(64, shapes.backward_scratch // row_bytes))
+    most, last = max(end - start for start, end in pairwise(cuts)), len(cuts) - 2
+    heads = min(num_kv_heads, max(1, shapes.backward_scratch // (most * row_bytes)))
+    part = max(1, shapes.backward_part // group)
+    num_segments = max(1, 2 * most * n // part)
+
+    def scratch(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(*shape, dtype=dtype, device=q.device)
+
+    partial = scratch(heads * most * n * group, key_dim, dtype=q.dtype)
+    segment_sums = (scratch(heads, num_segments, size, key_dim), scratch(heads, num_segments, size, value_dim))
+    dk, dv = scratch(*k.shape, dtype=k.dtype), scratch(*v.shape, dtype=k.dtype)
+    totals = (scratch(heads, k.shape[0], key_dim), scratch(heads, k.shape[0], value_dim)) if last else (dk, dv)
+    strides = (*d_out.stride()[:2], *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *delta_b.stride(), *gate.stride())
+    dims = widths(key_dim, value_dim)
+    rows, num_warps, num_stages = shapes.backward
+    dq_rows, dq_warps, dq_stages = shapes.add_dq
+    keys = min(padded(size), 32)
+    for base, work in cut_lists(index, device_cuts, plan, size, part, most * n, init=0, local=-1, keep_empty=True):
+        for number, first_head, taken, first, count in ranges(cuts, work, num_kv_heads, heads, base):
+            sums = (num_kv_heads, k.shape[0], num_segments, number, first_head)
+            ends = (int(base + number == 0), int(base + number == last))
+            gathered_backward_kernel[(work.blocks.shape[2], taken)](
+                d_out, q, k, v, lse, delta_b, gate, dk, dv, *totals, *segment_sums, partial, index.queries, index.slots,
+                work.blocks, work.firsts, work.sizes, work.segments, index.block_sequence, index.block_ends, plan.query_ends, plan.key_ends,
+                *strides, *sums, first, count, *ends, scale, scale * LOG2_E, GROUP=group, **dims, ROWS=rows, KEYS=padded(size), SELECT=size,
+                CHOSEN=n, PRECISION=dot_precision(), num_warps=num_warps, num_stages=num_stages,
+            )  # fmt: skip
+            add_segments_kernel[(index.num_blocks * -(-size // keys), taken, 2)](
+                *segment_sums, *totals, dk, dv, work.segment_firsts, work.segment_counts, index.block_sequence, index.block_ends, plan.key_ends,
+                *sums, *ends, **dims, KEYS=keys, SELECT=size, num_warps=4,
+            )  # fmt: skip
+            add_dq_kernel[(triton.cdiv(count, dq_rows // group), taken)](
+                partial, selection, dq, *dq.stride()[:2], num_kv_heads, first_head, first, count, scale, GROUP=group, KEY_DIM=key_dim,
+                KEY_PAD=padded(key_dim), ROWS=dq_rows, CHOSEN=n, num_warps=dq_warps, num_stages=dq_stages,
+            )  # fmt: skip
+    return dk, dv

@@ -1,0 +1,162 @@
+"""The block-major kernels against the query-major ones, which test_selected.py holds against dense attention."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from nsa.config import SparsityConfig
+from nsa.kernels import gathered, inverse, selected
+from nsa.kernels.selected import selected_backward, selected_forward
+from nsa.kernels.tiles import KernelPlan
+from nsa.testing import cumulative, relative_rms
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SMALL = SparsityConfig(compress_block_size=8, compress_stride=4, select_block_size=16, num_selected_blocks=4, compressor="mean")
+
+
+@pytest.fixture(autouse=True)
+def _toy_sizes(monkeypatch):
+    """Several ranges, parts and tables of bounds at toy sizes."""
+    if DEVICE == "cpu":
+        monkeypatch.setattr(selected, "QUERY_TILE", 8)
+    monkeypatch.setattr(inverse, "MAX_BOUNDS", 1)
+
+
+@pytest.fixture
+def shapes(monkeypatch):
+    """Changes entries of the table."""
+
+    def change(**changes):
+        table = gathered.gather_shapes
+        monkeypatch.setattr(gathered, "gather_shapes", lambda *arguments: replace(table(*arguments), **changes))
+
+    return change
+
+
+def cuts_of(chunk):
+    return lambda plan, _: inverse.query_cuts(plan, chunk)
+
+
+def random_selection(lengths, query_lengths, num_kv_heads, config, *, forced):
+    """int32 `[T, Hkv, n]` of visible blocks; `forced`: the first and the last two among them."""
+    generator, n, rows = torch.Generator().manual_seed(0), config.num_selected_blocks, []
+    for length, num_queries in zip(lengths, query_lengths):
+        for t in range(length - num_queries, length):
+            current = t // config.select_block_size
+            kept = {0, max(current - 1, 0), current} if forced else set()
+            for _ in range(num_kv_heads):
+                others = [b for b in torch.randperm(current + 1, generator=generator).tolist() if b not in kept]
+                blocks = sorted([*kept, *others[: n - len(kept)]])
+                rows.append(blocks + [-1] * (n - len(blocks)))
+    return torch.tensor(rows, dtype=torch.int32).view(sum(query_lengths), num_kv_heads, n).to(DEVICE)
+
+
+def draw(num_queries, num_keys, num_kv_heads, group, key_dim, value_dim, dtype):
+    """q, k, v, gate, d_out, delta, the outputs before and dq before."""
+    generator, num_heads = torch.Generator().manual_seed(1), num_kv_heads * group
+    sizes = [(num_queries, num_heads, key_dim), (num_keys, num_kv_heads, key_dim), (num_keys, num_kv_heads, value_dim), (num_queries, num_heads)]
+    sizes += [(num_queries, num_heads, value_dim), (num_queries, num_heads), (num_queries, num_heads, value_dim), (num_queries, num_heads, key_dim)]
+    x = [torch.randn(*size, generator=generator).to(DEVICE) for size in sizes]
+    return [y if i in (5, 7) else y.to(dtype) for i, y in enumerate(x)]
+
+
+def run(inputs, selection, lengths, query_lengths, config, *, accumulate=True):
+    """out, branch output, LSE, dq, dk, dv."""
+    q, k, v, gate, d_out, delta, out, dq = (x.clone() for x in inputs)
+    plan = KernelPlan(cumulative(query_lengths), cumulative(lengths), config=config, device=torch.device(DEVICE))
+    kept, lse = selected_forward(q, k, v, selection, plan, config, scale=0.3, gate=gate, out=out, accumulate=accumulate, keep=True)
+    dk, dv = selected_backward(d_out, q, k, v, selection, lse, delta, gate, plan, config, scale=0.3, dq=dq)
+    return out, kept, lse.exp(), dq, dk, dv
+
+
+def compare(monkeypatch, lengths, query_lengths=None, config=SMALL, *, num_kv_heads=1, group=2, key_dim=16, value_dim=16, dtype=torch.float32,
+    chunk=24, forced=True, selection=None, accumulate=True,
+):  # fmt: skip
+    query_lengths = query_lengths or lengths
+    inputs = draw(sum(query_lengths), sum(lengths), num_kv_heads, group, key_dim, value_dim, dtype)
+    if selection is None:
+        selection = random_selection(lengths, query_lengths, num_kv_heads, config, forced=forced)
+    arguments = (inputs, selection, lengths, query_lengths, config)
+    monkeypatch.setattr(gathered, "query_cuts", cuts_of(chunk))
+    monkeypatch.setattr(selected, "gathers", lambda *_: False)
+    wanted = run(*arguments, accumulate=accumulate)
+    monkeypatch.setattr(selected, "gathers", lambda *_: True)
+    results = run(*arguments, accumulate=accumulate)
+    tolerance = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}[dtype]
+    for got, want in zip(results, wanted, strict=True):
+        assert got.dtype == want.dtype and relative_rms(got, want) <= tolerance
+    return results
+
+
+@pytest.mark.parametrize(("group", "forced"), [(1, True), (3, False), (4, True)])
+def test_groups(monkeypatch, group, forced):
+    compare(monkeypatch, [90], group=group, forced=forced)
+
+
+def test_packed_sequences_and_unequal_dims(monkeypatch):
+    compare(monkeypatch, [50, 1, 14, 0, 40], num_kv_heads=2, key_dim=24, value_dim=40, accumulate=False)
+
+
+def test_chunked_queries_and_odd_blocks(monkeypatch):
+    config = SparsityConfig(compress_block_size=8, compress_stride=4, select_block_size=12, num_selected_blocks=3, compressor="mean")
+    compare(monkeypatch, [63, 90], [5, 30], config, forced=False, chunk=16)
+
+
+def test_several_heads_in_one_launch_and_no_shared_blocks(monkeypatch, shapes):
+    shapes(shared_blocks=False)
+    compare(monkeypatch, [70], [40], num_kv_heads=2, chunk=1000)
+
+
+def test_parts_of_long_lists(monkeypatch, shapes):
+    shapes(forward_part=10, backward_part=10)
+    compare(monkeypatch, [60], forced=False, chunk=40)
+
+
+def test_ranges_of_one_head_each(monkeypatch, shapes):
+    shapes(forward_scratch=1, backward_scratch=1)
+    compare(monkeypatch, [40], [20], num_kv_heads=2, chunk=16)
+
+
+def test_more_forced_blocks(monkeypatch):
+    config = SparsityConfig(
+        compress_block_size=8, compress_stride=4, select_block_size=8, num_selected_blocks=6, num_init_blocks=2, num_local_blocks=3, compressor="mean"
+    )
+    compare(monkeypatch, [60], [44], config, forced=False)
+
+
+def test_half_precision(monkeypatch):
+    compare(monkeypatch, [60], [24], dtype=torch.float16)
+
+
+def test_rows_that_see_nothing(monkeypatch):
+    selection = torch.full((40, 1, 4), -1, dtype=torch.int32, device=DEVICE)
+    selection[::2, 0, 0] = 0
+    selection[5, 0, 0] = 2  # a block after the query
+    compare(monkeypatch, [40], selection=selection)
+
+
+def test_a_sequence_does_not_depend_on_its_neighbours(monkeypatch, shapes):
+    shapes(forward_part=20, backward_part=20)
+    monkeypatch.setattr(selected, "gathers", lambda *_: True)
+    monkeypatch.setattr(gathered, "query_cuts", cuts_of(24))
+    inputs = draw(40, 40, 1, 2, 16, 16, torch.float32)
+    selection = random_selection([40], [40], 1, SMALL, forced=False)
+    alone = run(inputs, selection, [40], [40], SMALL)
+    together = run([torch.cat([x[:5], x]) for x in inputs], torch.cat([selection[:5], selection]), [5, 40], [5, 40], SMALL)
+    for a, b in zip(together, alone, strict=True):
+        assert torch.equal(a[5:], b)
+
+
+def test_the_rule():
+    assert gathered.gathers(16, 65536, 2**15, torch.bfloat16)
+    for other in ((17, 65536, 2**15, torch.bfloat16), (16, 100, 2**15, torch.bfloat16), (16, 65536, 2**15, torch.float32)):
+        assert not gathered.gathers(*other)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("group", "key_dim", "value_dim"), [(16, 128, 128), (4, 128, 128), (3, 64, 64), (7, 96, 96), (2, 192, 128), (1, 256, 256)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_paper_settings(monkeypatch, group, key_dim, value_dim, dtype):
+    options = {"num_kv_heads": 2, "group": group, "key_dim": key_dim, "value_dim": value_dim, "dtype": dtype}
+    compare(monkeypatch, [3000, 63], [1500, 63], SparsityConfig(compressor="mean"), chunk=512, **options)

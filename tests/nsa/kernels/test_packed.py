@@ -1,0 +1,162 @@
+"""`nsa_attention(backend="triton")` as a whole: against the torch backend, the oracle, and itself packed another way."""
+
+import os
+
+import pytest
+import torch
+
+from nsa.attention import nsa_attention, plan_batch, resolve_backend
+from nsa.config import SparsityConfig
+from nsa.kernels.tiles import KernelPlan
+from nsa.packing import plan_shared_prefix
+from nsa.testing import assert_same_selection, clear_choices, cumulative, make_inputs, relative_rms
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+CONFIG = SparsityConfig(compress_block_size=8, compress_stride=4, select_block_size=8, num_selected_blocks=3, window_size=6, compressor="mean")
+
+
+def run(inputs, backend, **options):
+    """Output, selection and gradients by name, from a fixed output gradient."""
+    x = inputs.to(device=DEVICE)
+    out, selection = nsa_attention(x.q, x.kv, x.gates, **(x.options | options), return_selection=True, backend=backend)
+    out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out))
+    return out, selection, {name: leaf.grad for name, leaf in x.leaves.items()}
+
+
+@pytest.mark.parametrize(("compressor", "kv", "group"), [("mlp", "separate", 3), ("mean", "shared", 2)])
+def test_equals_the_torch_backend_forward_and_every_gradient(compressor, kv, group) -> None:
+    config = SparsityConfig(
+        compress_block_size=8, compress_stride=4, select_block_size=8, num_selected_blocks=3, window_size=6, compressor=compressor
+    )
+    inputs = make_inputs(config, lengths=[41, 1, 9], num_kv_heads=1, group_size=group, key_dim=16, value_dim=8, kv=kv)
+    out, selection, gradients = run(inputs, "triton")
+    expected, chosen, wanted = run(inputs, "torch")
+    assert relative_rms(out, expected) < 1e-5
+    assert_same_selection(selection, chosen, clear_choices(inputs))
+    for name, gradient in wanted.items():
+        assert relative_rms(gradients[name], gradient) < 1e-5, name
+
+
+def test_chunked_queries_and_replay_equal_the_whole() -> None:
+    whole = make_inputs(CONFIG, lengths=[45], num_kv_heads=1, group_size=2).to(device=DEVICE, requires_grad=False)
+    out, selection = nsa_attention(whole.q, whole.kv, whole.gates, **whole.options, return_selection=True, backend="triton")
+    options = {"phi": whole.phi, "config": CONFIG, "cu_seqlens": cumulative([5]), "cu_seqlens_k": cumulative([45]), "backend": "triton"}
+    last = nsa_attention(whole.q[-5:], whole.kv, whole.gates[-5:], **options)
+    assert torch.equal(last, out[-5:]), "a query's result may not depend on which queries are computed with it"
+    given = selection.clone()
+    given[:-2] = given.new_tensor([0, -1, -1])
+    given[-2:, :, 0] = -2
+    replayed, used = nsa_attention(whole.q, whole.kv, whole.gates, **whole.options, selection=given, return_selection=True, backend="triton")
+    assert torch.equal(used[:-2], given[:-2])
+    assert torch.equal(used[-2:], selection[-2:]), "rows that begin with -2 are chosen anew"
+    assert torch.equal(replayed[-2:], out[-2:])
+
+
+def test_a_shared_prefix_gives_what_separate_sequences_give() -> None:
+    prefix, tails = 12, [5, 9]
+    lengths = [prefix + tail for tail in tails]
+    full = make_inputs(CONFIG, lengths=lengths, num_kv_heads=1, group_size=2, kv="shared").to(device=DEVICE)
+    with torch.no_grad():
+        for tensor in (full.q, full.gates, *full.kv.cmp):
+            tensor[lengths[0] : lengths[0] + prefix] = tensor[:prefix]
+    shared = plan_shared_prefix(cumulative(lengths), [prefix] * 2, [0, 0])
+    assert shared is not None
+    plan = plan_batch(
+        shared.query_ends, shared.key_ends, config=CONFIG, num_heads=2, device=torch.device(DEVICE), backend="triton", key_index=shared.key_rows
+    )
+    assert isinstance(plan, KernelPlan)
+    rows = shared.rows_U.to(DEVICE)
+    key, value = full.kv.slc[0][rows], full.kv.slc[1][rows]
+    kv = type(full.kv)((key, value), (key, value), (key, value))
+    out = nsa_attention(full.q[rows], kv, full.gates[rows], phi=None, config=CONFIG, cu_seqlens=plan, backend="triton")
+    expected = nsa_attention(full.q, full.kv, full.gates, **full.options, backend="torch")
+    weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(2)).to(expected)
+    (got,) = torch.autograd.grad((out[shared.places_T.to(DEVICE)] * weights).sum(), full.kv.slc[0])
+    (wanted,) = torch.autograd.grad((expected * weights).sum(), full.kv.slc[0])
+    assert relative_rms(out[shared.places_T.to(DEVICE)], expected) < 1e-5
+    merged = wanted.clone()
+    merged[:prefix] += wanted[lengths[0] : lengths[0] + prefix]
+    assert relative_rms(got[:prefix], merged[:prefix]) < 1e-5
+
+
+def test_no_queries_and_wrong_lengths() -> None:
+    inputs = make_inputs(CONFIG, lengths=[9], num_kv_heads=1).to(device=DEVICE, requires_grad=False)
+    empty = nsa_attention(
+        inputs.q[:0], type(inputs.kv)(*[(k[:0], v[:0]) for k, v in (inputs.kv.cmp, inputs.kv.slc, inputs.kv.win)]), inputs.gates[:0],
+        phi=None, config=CONFIG, backend="triton",
+    )  # fmt: skip
+    assert empty.shape == (0, *inputs.q.shape[1:2], inputs.kv.slc[1].shape[2])
+    with pytest.raises(ValueError, match="counts 8 queries and 8 keys, got 9 and 9"):
+        nsa_attention(inputs.q, inputs.kv, inputs.gates, phi=None, config=CONFIG, cu_seqlens=cumulative([8]), backend="triton")
+
+
+def test_the_backend_is_chosen_by_the_device(monkeypatch) -> None:
+    monkeypatch.setitem(os.environ, "TRITON_INTERPRET", "0")
+    assert resolve_backend("auto", torch.device("cuda")) == "triton"
+    assert resolve_backend("auto", torch.device("cpu")) == "torch"
+    with pytest.raises(ValueError, match="need a CUDA GPU, got tensors on cpu"):
+        resolve_backend("triton", torch.device("cpu"))
+    with pytest.raises(ValueError, match="must be one of auto, reference, torch, triton; got 'flash'"):
+        resolve_backend("flash", torch.device("cpu"))
+
+
+PAPER = SparsityConfig()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("heads", "group", "dims"), [(2, 16, (128, 128)), (3, 3, (64, 64)), (2, 1, (192, 128)), (1, 7, (96, 32))])
+def test_bf16_errors_are_at_most_twice_plain_pytorch(heads, group, dims) -> None:
+    inputs = make_inputs(PAPER, lengths=[1500, 130, 1], num_kv_heads=heads, group_size=group, key_dim=dims[0], value_dim=dims[1])
+    exact = inputs.to(dtype=torch.float64)
+    half = inputs.to(dtype=torch.bfloat16)
+    expected, selection, wanted = run(exact, "torch")
+    plain, _, plain_gradients = run(half, "torch", selection=selection)
+    out, _, gradients = run(half, "triton", selection=selection)
+    assert relative_rms(out, expected) <= max(5e-3, 2 * relative_rms(plain, expected))
+    for name, gradient in wanted.items():
+        assert relative_rms(gradients[name], gradient) <= max(5e-3, 2 * relative_rms(plain_gradients[name], gradient)), name
+
+
+@pytest.mark.gpu
+def test_selection_and_fp32_results_at_the_papers_settings() -> None:
+    inputs = make_inputs(PAPER, lengths=[1500, 400], num_kv_heads=2, group_size=4, key_dim=64, value_dim=64)
+    out, selection, gradients = run(inputs, "triton")
+    expected, chosen, wanted = run(inputs.to(dtype=torch.float64), "torch")
+    clear = clear_choices(inputs)
+    assert_same_selection(selection, chosen, clear)
+    out, _, gradients = run(inputs, "triton", selection=chosen)
+    assert relative_rms(out, expected) < 1e-5
+    for name, gradient in wanted.items():
+        assert relative_rms(gradients[name], gradient) < 2e-5, name
+
+
+@pytest.mark.gpu
+def test_runs_are_bit_equal_alone_and_beside_others() -> None:
+    inputs = make_inputs(PAPER, lengths=[1200, 700], num_kv_heads=2, group_size=4, key_dim=64, value_dim=64, dtype=torch.bfloat16)
+    first, second = run(inputs, "triton"), run(inputs, "triton")
+    assert torch.equal(first[0], second[0])
+    assert torch.equal(first[1], second[1])
+    assert all(torch.equal(first[2][name], second[2][name]) for name in first[2])
+    alone = inputs.to(device="cuda", requires_grad=False)
+    kv = type(alone.kv)(*[(k[:1200], v[:1200]) for k, v in (alone.kv.cmp, alone.kv.slc, alone.kv.win)])
+    out, selection = nsa_attention(
+        alone.q[:1200], kv, alone.gates[:1200], phi=alone.phi, config=PAPER, deterministic=True, return_selection=True, backend="triton"
+    )
+    assert torch.equal(out, first[0][:1200])
+    assert torch.equal(selection, first[1][:1200])
+
+
+@pytest.mark.gpu
+def test_operators_trace_compile_and_run_under_autocast() -> None:
+    inputs = make_inputs(PAPER, lengths=[300, 90], num_kv_heads=1, group_size=4, key_dim=32, value_dim=32, dtype=torch.bfloat16, device="cuda")
+
+    def attend(q, gates):
+        return nsa_attention(q, inputs.kv, gates, **inputs.options, backend="triton")
+
+    eager = attend(inputs.q, inputs.gates)
+    compiled = torch.compile(attend)(inputs.q, inputs.gates)
+    assert torch.equal(eager, compiled)
+    compiled.sum().backward()
+    assert inputs.q.grad is not None and inputs.q.grad.isfinite().all()
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        assert torch.equal(attend(inputs.q, inputs.gates), eager)
