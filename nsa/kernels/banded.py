@@ -236,11 +236,11 @@ def forward_kernel(
 
 @triton.jit
 def gather_dq(
-    acc, q, d_out, shift, delta, gate, k, v, stride_k, stride_v, begin, end, positions, num_keys, scale,
+    acc, q, d_out, shift, delta, k, v, stride_k, stride_v, begin, end, positions, num_keys, scale,
     DK: tl.constexpr, DV: tl.constexpr, WIDTH_K: tl.constexpr, WIDTH_V: tl.constexpr,
     STRIDE: tl.constexpr, OFFSET: tl.constexpr, WINDOW: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq of a query tile from the key tiles from `begin` to `end`."""
+    """dq of a query tile from the key tiles from `begin` to `end` (shift and delta: see `dq_kernel`)."""
     for start in range(begin, end, BLOCK):
         key = load_rows(k, start, stride_k, num_keys, DK, WIDTH_K, BLOCK, MASKED)
         value = load_rows(v, start, stride_v, num_keys, DV, WIDTH_V, BLOCK, MASKED)
@@ -249,7 +249,7 @@ def gather_dq(
             seen = visible(start + tl.arange(0, BLOCK)[None, :], positions[:, None], STRIDE, OFFSET, WINDOW)
             scores = tl.where(seen, scores, float("-inf"))
         probabilities = tl.exp2(scores)
-        d_scores = probabilities * (tl.dot(d_out, tl.trans(value), input_precision=PRECISION) * gate[:, None] - delta[:, None])
+        d_scores = probabilities * (tl.dot(d_out, tl.trans(value), input_precision=PRECISION) - delta[:, None])
         acc = tl.dot(d_scores.to(key.dtype), key, acc, input_precision=PRECISION)
     return acc
 
@@ -263,7 +263,11 @@ def dq_kernel(
     STRIDE: tl.constexpr, OFFSET: tl.constexpr, WINDOW: tl.constexpr,
     ROWS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, BORDER: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq of one query tile of one KV head, added to DQ; writes the rows' statistics for `dkdv_kernel`."""
+    """dq of one query tile of one KV head, added to DQ; writes the rows' statistics for `dkdv_kernel`.
+
+    The gate is folded into them: gate · p = exp2(score − shift) with shift = lse − log2(gate), and the gradient of a score
+    is that times <d_out, v> − delta / gate. A gate that is not positive counts as 0, which gives gradients of 0.
+    """
     sequence, start = tl.load(Tiles + 2 * tl.program_id(0)), tl.load(Tiles + 2 * tl.program_id(0) + 1)
     head = tl.program_id(1)
     first_query, first_key = tl.load(QueryEnds + sequence), tl.load(KeyEnds + sequence)
@@ -275,13 +279,15 @@ def dq_kernel(
     q = load_tile(Q + row * stride_q + group * stride_qh, row_offsets(stride_q, stride_qh, GROUP, ROWS), valid, DK, WIDTH_K, True)
     d_out = load_tile(DOut + row * stride_do + group * stride_doh, row_offsets(stride_do, stride_doh, GROUP, ROWS), valid, DV, WIDTH_V, True)
     lse = tl.load(Lse + row * stride_l + group * stride_lh + row_offsets(stride_l, stride_lh, GROUP, ROWS), mask=valid, other=float("-inf"))
-    shift = tl.where(lse == float("-inf"), float("inf"), lse * 1.4426950408889634)
     delta = tl.load(Delta + row * stride_d + group * stride_dh + row_offsets(stride_d, stride_dh, GROUP, ROWS), mask=valid, other=0.0)
     gate = tl.load(Gate + row * stride_g + group * stride_gh + row_offsets(stride_g, stride_gh, GROUP, ROWS), mask=valid, other=0.0).to(tl.float32)
+    counts = (gate > 0) & (lse > float("-inf"))
+    gate = tl.where(counts, gate, 1.0)
+    shift = tl.where(counts, lse * 1.4426950408889634 - tl.log2(gate), float("inf"))
+    delta = tl.where(counts, delta / gate, 0.0)
     stats = Stats + row * stride_s + group + row_offsets(stride_s, 1, GROUP, ROWS)
     tl.store(stats, shift, mask=valid)
     tl.store(stats + stats_size, delta, mask=valid)
-    tl.store(stats + 2 * stats_size, gate, mask=valid)
     k = K + tl.cast(first_key, tl.int64) * stride_k + head * stride_kh
     v = V + tl.cast(first_key, tl.int64) * stride_v + head * stride_vh
     last = ahead + tl.minimum(start + QUERIES, num_queries) - 1
@@ -290,15 +296,15 @@ def dq_kernel(
     acc = tl.zeros([ROWS, WIDTH_K], tl.float32)
     if WINDOW > 0:
         acc = gather_dq(
-            acc, q, d_out, shift, delta, gate, k, v, stride_k, stride_v, begin, masked_end, positions, num_keys, score_scale,
+            acc, q, d_out, shift, delta, k, v, stride_k, stride_v, begin, masked_end, positions, num_keys, score_scale,
             DK, DV, WIDTH_K, WIDTH_V, STRIDE, OFFSET, WINDOW, KEYS, True, PRECISION,
         )  # fmt: skip
     acc = gather_dq(
-        acc, q, d_out, shift, delta, gate, k, v, stride_k, stride_v, masked_end, full_end, positions, num_keys, score_scale,
+        acc, q, d_out, shift, delta, k, v, stride_k, stride_v, masked_end, full_end, positions, num_keys, score_scale,
         DK, DV, WIDTH_K, WIDTH_V, STRIDE, OFFSET, WINDOW, KEYS, False, PRECISION,
     )  # fmt: skip
     acc = gather_dq(
-        acc, q, d_out, shift, delta, gate, k, v, stride_k, stride_v, full_end, end, positions, num_keys, score_scale,
+        acc, q, d_out, shift, delta, k, v, stride_k, stride_v, full_end, end, positions, num_keys, score_scale,
         DK, DV, WIDTH_K, WIDTH_V, STRIDE, OFFSET, WINDOW, BORDER, True, PRECISION,
     )  # fmt: skip
 
@@ -358,14 +364,13 @@ def gather_dkdv(
         at = stats + row * stride_s + row_offsets(stride_s, 1, GROUP, ROWS)
         shift = tl.load(at, mask=valid, other=float("inf"))
         delta = tl.load(at + stats_size, mask=valid, other=0.0)
-        gate = tl.load(at + 2 * stats_size, mask=valid, other=0.0)
         scores = tl.dot(key, tl.trans(query), input_precision=PRECISION) * scale - shift[None, :]
         if MASKED:
             positions = ahead + start + tl.arange(0, ROWS) // GROUP
             scores = tl.where(visible(keys[:, None], positions[None, :], STRIDE, OFFSET, WINDOW), scores, float("-inf"))
         probabilities = tl.exp2(scores)
-        d_value = tl.dot((probabilities * gate[None, :]).to(d_rows.dtype), d_rows, d_value, input_precision=PRECISION)
-        d_scores = probabilities * (tl.dot(value, tl.trans(d_rows), input_precision=PRECISION) * gate[None, :] - delta[None, :])
+        d_value = tl.dot(probabilities.to(d_rows.dtype), d_rows, d_value, input_precision=PRECISION)
+        d_scores = probabilities * (tl.dot(value, tl.trans(d_rows), input_precision=PRECISION) - delta[None, :])
         d_key = tl.dot(d_scores.to(query.dtype), query, d_key, input_precision=PRECISION)
     return d_key, d_value
 
@@ -516,7 +521,7 @@ def banded_backward(
     """
     d_out, q, k, v = rows_contiguous(d_out), rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)
     plan, ends, num_heads = band.plan, (band.plan.query_ends, band.plan.key_ends, band.key_ends), k.shape[1]
-    stats = torch.empty(3, *q.shape[:2], dtype=torch.float32, device=q.device)
+    stats = torch.empty(2, *q.shape[:2], dtype=torch.float32, device=q.device)
     launch, constants = tile_settings("dq", q, k, v, band)
     tiles = plan.query_tiles(int(constants["QUERIES"]))
     if tiles.shape[0]:

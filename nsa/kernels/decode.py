@@ -7,9 +7,9 @@
 
 Grids depend on shapes alone; programs past a sequence's end leave at once.
 
-Every partial sum is kept relative to a whole power of two, so rescaling is exact, and sums run over a fixed binary tree of
-leaves (`tree_sum`). So neither the batch nor how many leaves a program takes changes a bit of a result, and equal logits
-give equal scores wherever they stand. Leaves out prefill, φ (the cache holds its outputs) and gradients.
+Every partial sum is kept relative to a whole power of two, so rescaling is exact, and outputs are summed over a fixed binary tree
+of leaves (`tree_sum`). Other sums have tiles of one shape, and no layout depends on the capacity (`do_not_specialize`). So neither
+the batch nor how many leaves a program takes changes a bit of a result, and equal logits give equal scores wherever they stand. Leaves out prefill, φ (the cache holds its outputs) and gradients.
 
 Names: m queries per sequence, rows = m·G of one KV head, row r = (query r // G, head r % G). Slot s of a sequence's
 compressed pages holds compressed token s − first with first = l/d − 1, complete once the sequence has (s+1)·d tokens; the
@@ -39,7 +39,7 @@ MIN_PROGRAMS = 512
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeTiles:
-    """Tile sizes of the four kernels. Results depend on `leaf`, `block_tile`, `rows` and `warps` by rounding, else not at all."""
+    """Tile sizes of the four kernels. All but the numbers of leaves change results, by rounding."""
 
     leaf: int
     """Compressed slots of one leaf, a power of two >= 16."""
@@ -77,14 +77,14 @@ def decode_tiles(q: torch.Tensor, cache: LayerCache, capacity: int, config: Spar
     compression = batch * heads * -(-num_new * group // rows) * leaves
     blocks = batch * num_new * heads * sum(block_leaf_counts(config, block_tile))
     count = num_blocks(capacity, config)
-    chunk = min(128 if count <= 4096 else 512, padded(count))
+    chunk = 128 if count <= 4096 else 512
     return DecodeTiles(
         leaf=leaf,
         rows=rows,
         compression_leaves=next((k for k in (4, 2) if compression // k >= MIN_PROGRAMS), 1),
         block_tile=block_tile,
         block_leaves=next((k for k in (4, 2) if blocks // k >= MIN_PROGRAMS), 1),
-        chunk=max(chunk, padded(config.num_selected_blocks)),
+        chunk=max(chunk, triton.next_power_of_2(config.num_selected_blocks)),
         warps=8 if rows >= 64 else 4,
     )
 
@@ -129,7 +129,7 @@ def merge(out, top, other_out, other_top):
     return out * power_of_two(top - both)[:, None] + other_out * power_of_two(other_top - both)[:, None], both
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_leaves", "num_parts"])
 def compression_kernel(
     q, cmp, block_table, seq_lens, leaf_top, leaf_sum, part_top, part_out, own_scores, next_scores, scale,
     q_batch, q_row, q_head, cmp_page, cmp_slot, cmp_head, table_batch, num_leaves, num_parts,
@@ -207,11 +207,11 @@ def leaf_statistics(leaf_top, leaf_sum, rows, real, num_leaves, stride, ROWS: tl
         inside = (start + leaf < num_leaves)[:, None] & real[None, :]
         places = (rows * stride)[None, :] + (start + leaf)[:, None]
         sums = tl.load(leaf_sum + places, mask=inside, other=0.0)
-        total += tree_sum(sums * power_of_two(tl.load(leaf_top + places, mask=inside, other=NOTHING) - top[None, :]))
+        total += tl.sum(sums * power_of_two(tl.load(leaf_top + places, mask=inside, other=NOTHING) - top[None, :]), 0)
     return top, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_leaves", "num_chunks"])
 def score_kernel(
     leaf_top, leaf_sum, own_scores, next_scores, candidates, given, seq_lens, given_batch, given_row, given_head, num_leaves, num_chunks,
     HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP2: tl.constexpr, NUM_NEW: tl.constexpr, STRIDE: tl.constexpr, FIRST: tl.constexpr,
@@ -227,8 +227,8 @@ def score_kernel(
     current = tl.maximum(length - NUM_NEW + query, 0) // SIZE
     if (length == 0) | (chunk * CHUNK > current):
         return
-    if GIVEN:
-        if tl.load(given + batch * given_batch + query * given_row + head * given_head).to(tl.int32) != RECOMPUTE:  # noqa: SIM102
+    if GIVEN:  # noqa: SIM102 (one is static)
+        if tl.load(given + batch * given_batch + query * given_row + head * given_head).to(tl.int32) != RECOMPUTE:
             return
     member = tl.arange(0, GROUP2)
     real = member < GROUP
@@ -246,13 +246,13 @@ def score_kernel(
         share = tl.load(scores + (rows * (num_leaves * GROUPS))[:, None] + groups[None, :], mask=inside, other=0.0)
         share_top = tl.load(leaf_top + (rows * num_leaves)[:, None] + (groups // GROUPS)[None, :], mask=inside, other=NOTHING)
         shares += share * power_of_two(share_top - top[:, None])
-    score = tree_sum(shares * inverse[:, None])
+    score = tl.sum(shares * inverse[:, None], 0)
 
     forced = (blocks < NUM_INIT) | (blocks > current - NUM_LOCAL)
     bits = tl.where(forced, 0x7F800000, score.to(tl.int32, bitcast=True)).to(tl.int64)
     keys = tl.where(blocks <= current, (bits << 32) | (0x7FFFFFFF - blocks).to(tl.int64), -1 - blocks.to(tl.int64))
     ranks = tl.zeros([CHUNK], tl.int32)
-    SLICES: tl.constexpr = 1 if CHUNK <= 128 else CHUNK // 32
+    SLICES: tl.constexpr = CHUNK // 32
     slices = tl.reshape(keys, (SLICES, CHUNK // SLICES))
     for index in range(SLICES):
         others = tl.sum(tl.where(tl.arange(0, SLICES)[:, None] == index, slices, 0), 0)
@@ -279,7 +279,7 @@ def best_blocks(candidates, num_chunks, NUM: tl.constexpr, NUM2: tl.constexpr, C
     return ascending
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_chunks", "num_blocks"])
 def blocks_kernel(
     q, raw, block_table, seq_lens, candidates, given, selection, leaf_top, leaf_sum, part_top, part_out, scale,
     q_batch, q_row, q_head, raw_page, raw_kind, raw_slot, raw_head, table_batch, given_batch, given_row, given_head, given_entry, num_chunks,
@@ -374,7 +374,7 @@ def combine_branch(leaf_top, leaf_sum, part_top, part_out, num_leaves, LEAVES: t
     return tl.reshape(out, (1, DV2)) / tl.where(total > 0.0, total, 1.0)[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_leaves", "num_parts"])
 def combine_kernel(
     cmp_leaf_top, cmp_leaf_sum, cmp_part_top, cmp_part_out, raw_leaf_top, raw_leaf_sum, raw_part_top, raw_part_out, gates, seq_lens, out,
     gates_batch, gates_row, gates_head, gates_branch, num_leaves, num_parts,

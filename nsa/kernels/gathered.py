@@ -37,7 +37,7 @@ DTYPES = (torch.bfloat16, torch.float16)
 
 
 class Launch(NamedTuple):
-    """Rows (queries × heads) of a tile, and how its program is scheduled."""
+    """Rows (queries × heads) of a tile, and how its program is scheduled (stages of merge, add_dq: of the loop over slots)."""
 
     rows: int
     num_warps: int
@@ -151,7 +151,7 @@ def merge_kernel(
     q_row, q_head, k_row, k_head, v_row, v_head, gate_row, gate_head, out_row, out_head, num_kv_heads, first_head, first_query, num_rows, scale_log2,
     GROUP: tl.constexpr, KEY_DIM: tl.constexpr, KEY_PAD: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr, ROWS: tl.constexpr,
     KEYS: tl.constexpr, SELECT: tl.constexpr, CHOSEN: tl.constexpr, CHOSEN_PAD: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr,
-    ACCUMULATE: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr, ACCUMULATE: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out (+)= gate · o, branch_out = o, lse: attention over the chosen ones of a sequence's first INIT and each query's
     last LOCAL blocks, then the partial results of the other blocks, slot by slot."""
@@ -218,7 +218,7 @@ def merge_kernel(
     some = total > 0
     log = base + tl.log2(tl.where(some, total, 1.0))
     acc *= tl.where(some, tl.exp2(highest - log), 0.0)[:, None]
-    for number in range(0, CHOSEN):
+    for number in tl.range(0, CHOSEN, num_stages=STAGES):
         block = tl.load(selection + (row_wide * num_kv_heads + kv_head) * CHOSEN + number, mask=valid, other=-1)
         there = (block >= INIT) & (block <= current - LOCAL)
         weight = tl.exp2(tl.load(stats + place + number * GROUP, mask=there, other=float("-inf")) - log)
@@ -313,10 +313,24 @@ def gathered_backward_kernel(
         tl.store(segment_dv + sum_row[:, None] * VALUE_DIM + value_dim[None, :], acc_v, mask=value_mask)
     else:
         total_row = (tl.program_id(1).to(tl.int64) * num_keys + key_row)[:, None]
-        key_row = (key_row * num_kv_heads + kv_head)[:, None]
+        target_row = (key_row * num_kv_heads + kv_head)[:, None]
         k_place, v_place = total_row * KEY_DIM + key_dim[None, :], total_row * VALUE_DIM + value_dim[None, :]
-        add_range(acc_k, total_dk, dk, k_place, key_row * KEY_DIM + key_dim[None, :], key_mask, first_range, last_range)
-        add_range(acc_v, total_dv, dv, v_place, key_row * VALUE_DIM + value_dim[None, :], value_mask, first_range, last_range)
+        add_range(acc_k, total_dk, dk, k_place, target_row * KEY_DIM + key_dim[None, :], key_mask, first_range, last_range)
+        add_range(acc_v, total_dv, dv, v_place, target_row * VALUE_DIM + value_dim[None, :], value_mask, first_range, last_range)
+
+
+@triton.jit
+def add_parts(
+    sums, total, target, count, sum_row, total_row, target_row, exists, first_range, last_range,
+    KEYS: tl.constexpr, SELECT: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
+):  # fmt: skip
+    """The sum of `count` partial sums of KEYS keys, first to last, to where `add_range` puts it."""
+    dim = tl.arange(0, DIM_PAD)[None, :]
+    mask = exists[:, None] & (dim < DIM)
+    acc = tl.zeros([KEYS, DIM_PAD], tl.float32)
+    for number in range(0, count):
+        acc += tl.load(sums + (sum_row + number * SELECT) * DIM + dim, mask=mask, other=0.0)
+    add_range(acc, total, target, total_row * DIM + dim, target_row * DIM + dim, mask, first_range, last_range)
 
 
 @triton.jit(do_not_specialize=["range_number", "first_head", "first_range", "last_range"])
@@ -340,28 +354,21 @@ def add_segments_kernel(
     exists = (inner < SELECT) & (key < key_end - key_start)
     key_row = (key_start + key).to(tl.int64)
     total_row = (tl.program_id(1).to(tl.int64) * num_keys + key_row)[:, None]
-    key_row = (key_row * num_kv_heads + kv_head)[:, None]
+    target_row = (key_row * num_kv_heads + kv_head)[:, None]
     sum_row = ((tl.program_id(1) * num_segments + tl.load(segment_firsts + item)).to(tl.int64) * SELECT + inner)[:, None]
     if tl.program_id(2) == 0:
-        dim = tl.arange(0, KEY_PAD)[None, :]
-        mask = exists[:, None] & (dim < KEY_DIM)
-        acc = tl.zeros([KEYS, KEY_PAD], tl.float32)
-        for number in range(0, count):
-            acc += tl.load(segment_dk + (sum_row + number * SELECT) * KEY_DIM + dim, mask=mask, other=0.0)
-        add_range(acc, total_dk, dk, total_row * KEY_DIM + dim, key_row * KEY_DIM + dim, mask, first_range, last_range)
+        add_parts(segment_dk, total_dk, dk, count, sum_row, total_row, target_row, exists, first_range, last_range, KEYS, SELECT, KEY_DIM, KEY_PAD)
     else:
-        dim = tl.arange(0, VALUE_PAD)[None, :]
-        mask = exists[:, None] & (dim < VALUE_DIM)
-        acc = tl.zeros([KEYS, VALUE_PAD], tl.float32)
-        for number in range(0, count):
-            acc += tl.load(segment_dv + (sum_row + number * SELECT) * VALUE_DIM + dim, mask=mask, other=0.0)
-        add_range(acc, total_dv, dv, total_row * VALUE_DIM + dim, key_row * VALUE_DIM + dim, mask, first_range, last_range)
+        add_parts(
+            segment_dv, total_dv, dv, count, sum_row, total_row, target_row, exists, first_range, last_range, KEYS, SELECT, VALUE_DIM, VALUE_PAD
+        )
 
 
 @triton.jit(do_not_specialize=["first_head", "first_query", "num_rows"])
 def add_dq_kernel(
     partial, selection, dq, dq_row, dq_head, num_kv_heads, first_head, first_query, num_rows, scale,
     GROUP: tl.constexpr, KEY_DIM: tl.constexpr, KEY_PAD: tl.constexpr, ROWS: tl.constexpr, CHOSEN: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """dq += scale · the sum of the parts, slot by slot."""
     TILE: tl.constexpr = ROWS // GROUP
@@ -373,7 +380,7 @@ def add_dq_kernel(
     dim = tl.arange(0, KEY_PAD)
     place = ((tl.program_id(1) * num_rows + local) * (CHOSEN * GROUP)).to(tl.int64) + lane % GROUP
     acc = tl.zeros([ROWS, KEY_PAD], tl.float32)
-    for number in range(0, CHOSEN):
+    for number in tl.range(0, CHOSEN, num_stages=STAGES):
         there = tl.load(selection + (row * num_kv_heads + kv_head) * CHOSEN + number, mask=valid, other=-1) >= 0
         source = partial + (place + number * GROUP)[:, None] * KEY_DIM + dim[None, :]
         acc += tl.load(source, mask=there[:, None] & (dim < KEY_DIM)[None, :], other=0.0, eviction_policy="evict_first").to(tl.float32)
@@ -387,12 +394,14 @@ def widths(key_dim: int, value_dim: int) -> dict[str, int]:
     return {"KEY_DIM": key_dim, "KEY_PAD": padded(key_dim), "VALUE_DIM": value_dim, "VALUE_PAD": padded(value_dim)}
 
 
-def ranges(cuts: list[int], work: Work, num_kv_heads: int, heads: int, base: int) -> Iterator[tuple[int, int, int, int, int]]:
-    """(range in the work tables, first KV head, KV heads, first query, queries) of one launch after another."""
+def launches(cuts: list[int], works: list[tuple[int, Work]], num_kv_heads: int, heads: int) -> Iterator[tuple[Work, int, int, int, int, int, int]]:
+    """(work tables, range in them, range in all, first KV head, KV heads, first query, queries): all ranges of some heads,
+    then those of the next."""
     for first_head in range(0, num_kv_heads, heads):
-        for number in range(work.blocks.shape[0]):
-            first, end = cuts[base + number], cuts[base + number + 1]
-            yield number, first_head, min(heads, num_kv_heads - first_head), first, end - first
+        for base, work in works:
+            for number in range(work.blocks.shape[0]):
+                first, end = cuts[base + number], cuts[base + number + 1]
+                yield work, number, base + number, first_head, min(heads, num_kv_heads - first_head), first, end - first
 
 
 def gathered_forward(
@@ -429,19 +438,19 @@ def gathered_forward(
     }  # fmt: skip
     rows, num_warps, num_stages = shapes.forward
     merge_rows, merge_warps, merge_stages = shapes.merge
-    for base, work in cut_lists(index, device_cuts, plan, size, part, most * n, init=init, local=local, keep_empty=False):
-        for number, first_head, taken, first, count in ranges(cuts, work, num_kv_heads, heads, base):
-            gathered_forward_kernel[(work.blocks.shape[2], taken)](
-                q, k, v, partial, stats, index.queries, index.slots, work.blocks, work.firsts, work.sizes, index.block_sequence, index.block_ends,
-                plan.query_ends, plan.key_ends, *strides, num_kv_heads, number, first_head, first, count, scale * LOG2_E,
-                **shared, ROWS=rows, num_warps=num_warps, num_stages=num_stages,
-            )  # fmt: skip
-            merge_kernel[(triton.cdiv(count, merge_rows // group), taken)](
-                q, k, v, partial, stats, selection, gate, out, out if branch_out is None else branch_out, lse, index.row_sequence,
-                plan.query_ends, plan.key_ends, *strides, *gate.stride(), *out.stride()[:2], num_kv_heads, first_head, first, count, scale * LOG2_E,
-                **shared, ROWS=merge_rows, CHOSEN_PAD=triton.next_power_of_2(n), INIT=init, LOCAL=local, ACCUMULATE=accumulate,
-                KEEP=branch_out is not None, num_warps=merge_warps, num_stages=merge_stages,
-            )  # fmt: skip
+    works = list(cut_lists(index, device_cuts, plan, size, part, most * n, init=init, local=local, keep_empty=False))
+    for work, number, _, first_head, taken, first, count in launches(cuts, works, num_kv_heads, heads):
+        gathered_forward_kernel[(work.blocks.shape[2], taken)](
+            q, k, v, partial, stats, index.queries, index.slots, work.blocks, work.firsts, work.sizes, index.block_sequence, index.block_ends,
+            plan.query_ends, plan.key_ends, *strides, num_kv_heads, number, first_head, first, count, scale * LOG2_E,
+            **shared, ROWS=rows, num_warps=num_warps, num_stages=num_stages,
+        )  # fmt: skip
+        merge_kernel[(triton.cdiv(count, merge_rows // group), taken)](
+            q, k, v, partial, stats, selection, gate, out, out if branch_out is None else branch_out, lse, index.row_sequence,
+            plan.query_ends, plan.key_ends, *strides, *gate.stride(), *out.stride()[:2], num_kv_heads, first_head, first, count, scale * LOG2_E,
+            **shared, ROWS=merge_rows, CHOSEN_PAD=triton.next_power_of_2(n), INIT=init, LOCAL=local, STAGES=merge_stages, ACCUMULATE=accumulate,
+            KEEP=branch_out is not None, num_warps=merge_warps, num_stages=1,
+        )  # fmt: skip
 
 
 def gathered_backward(
@@ -483,22 +492,22 @@ def gathered_backward(
     rows, num_warps, num_stages = shapes.backward
     dq_rows, dq_warps, dq_stages = shapes.add_dq
     keys = min(padded(size), 32)
-    for base, work in cut_lists(index, device_cuts, plan, size, part, most * n, init=0, local=-1, keep_empty=True):
-        for number, first_head, taken, first, count in ranges(cuts, work, num_kv_heads, heads, base):
-            sums = (num_kv_heads, k.shape[0], num_segments, number, first_head)
-            ends = (int(base + number == 0), int(base + number == last))
-            gathered_backward_kernel[(work.blocks.shape[2], taken)](
-                d_out, q, k, v, lse, delta_b, gate, dk, dv, *totals, *segment_sums, partial, index.queries, index.slots,
-                work.blocks, work.firsts, work.sizes, work.segments, index.block_sequence, index.block_ends, plan.query_ends, plan.key_ends,
-                *strides, *sums, first, count, *ends, scale, scale * LOG2_E, GROUP=group, **dims, ROWS=rows, KEYS=padded(size), SELECT=size,
-                CHOSEN=n, PRECISION=dot_precision(), num_warps=num_warps, num_stages=num_stages,
-            )  # fmt: skip
-            add_segments_kernel[(index.num_blocks * -(-size // keys), taken, 2)](
-                *segment_sums, *totals, dk, dv, work.segment_firsts, work.segment_counts, index.block_sequence, index.block_ends, plan.key_ends,
-                *sums, *ends, **dims, KEYS=keys, SELECT=size, num_warps=4,
-            )  # fmt: skip
-            add_dq_kernel[(triton.cdiv(count, dq_rows // group), taken)](
-                partial, selection, dq, *dq.stride()[:2], num_kv_heads, first_head, first, count, scale, GROUP=group, KEY_DIM=key_dim,
-                KEY_PAD=padded(key_dim), ROWS=dq_rows, CHOSEN=n, num_warps=dq_warps, num_stages=dq_stages,
-            )  # fmt: skip
+    works = list(cut_lists(index, device_cuts, plan, size, part, most * n, init=0, local=-1, keep_empty=True))
+    for work, number, place, first_head, taken, first, count in launches(cuts, works, num_kv_heads, heads):
+        sums = (num_kv_heads, k.shape[0], num_segments, number, first_head)
+        ends = (int(place == 0), int(place == last))
+        gathered_backward_kernel[(work.blocks.shape[2], taken)](
+            d_out, q, k, v, lse, delta_b, gate, dk, dv, *totals, *segment_sums, partial, index.queries, index.slots,
+            work.blocks, work.firsts, work.sizes, work.segments, index.block_sequence, index.block_ends, plan.query_ends, plan.key_ends,
+            *strides, *sums, first, count, *ends, scale, scale * LOG2_E, GROUP=group, **dims, ROWS=rows, KEYS=padded(size), SELECT=size,
+            CHOSEN=n, PRECISION=dot_precision(), num_warps=num_warps, num_stages=num_stages,
+        )  # fmt: skip
+        add_segments_kernel[(index.num_blocks * -(-size // keys), taken, 2)](
+            *segment_sums, *totals, dk, dv, work.segment_firsts, work.segment_counts, index.block_sequence, index.block_ends, plan.key_ends,
+            *sums, *ends, **dims, KEYS=keys, SELECT=size, num_warps=4,
+        )  # fmt: skip
+        add_dq_kernel[(triton.cdiv(count, dq_rows // group), taken)](
+            partial, selection, dq, *dq.stride()[:2], num_kv_heads, first_head, first, count, scale, GROUP=group, KEY_DIM=key_dim,
+            KEY_PAD=padded(key_dim), ROWS=dq_rows, CHOSEN=n, STAGES=dq_stages, num_warps=dq_warps,
+        )  # fmt: skip
     return dk, dv

@@ -2,7 +2,8 @@
 
 Two kernels per chunk of query tiles. The first computes q·kc again from the compression branch's LSE and writes each
 query's block scores to a scratch of bounded size; the second finds every row's n-th best score by bisecting its bits
-and writes the chosen blocks in ascending order. Both add in one fixed order and use no atomics. Leaves out the
+between two bounds and writes the chosen blocks in ascending order. Tiles come in the order of what they see, so that a
+chunk's rows are as wide as its first tile needs (a power of two). Both add in one fixed order and use no atomics. Leaves out the
 compression branch itself (banded.py), whose LSE it needs.
 
 A tile's S is [blocks, columns]: row b and residue r stand for compressed token b·(l'/d) + r, columns for (query, head).
@@ -29,6 +30,8 @@ SCRATCH_BYTES = 2**28
 MIN_PROGRAMS = 264
 CHOOSE_SCORES = 1024
 """Scores a warp of the choosing kernel holds: 32 registers of each lane."""
+MIN_WIDTH = 128
+"""Narrowest rows of scores that are worth a launch of their own."""
 FORCED = tl.constexpr(0x7F800000)
 """Key of a forced block: the bits of +inf, above those of every finite score."""
 
@@ -47,7 +50,7 @@ def score_tile(key_dim: int, group: int, dtype: torch.dtype) -> ScoreTile:
     """The fixed table of tile shapes by padded key dimension, padded group and dtype."""
     if dtype == torch.float32:
         return ScoreTile(blocks=32, columns=max(64 if key_dim <= 128 else 32, group), num_warps=4, num_stages=1)
-    return ScoreTile(blocks=64, columns=max(128, group), num_warps=8, num_stages=3 if key_dim <= 128 else 2)
+    return ScoreTile(blocks=64, columns=max(128, group), num_warps=4, num_stages=3 if key_dim <= 128 else 2)
 
 
 def dot_precision() -> str:
@@ -164,23 +167,54 @@ def choose_kernel(
     bits = tl.minimum(tl.maximum(bits, 0), FORCED - 1)
     bits = tl.where((block < NUM_INIT) | (block > current[:, None] - NUM_LOCAL), FORCED, bits)
     bits = tl.where(block <= current[:, None], bits, -1)
+    # At least CHOSEN blocks have bits >= low, fewer have bits >= high. Each of GROUPS >= CHOSEN groups of blocks (one group
+    # a lane) has a block as good as the worst of the groups' best; none but the forced is better than the best.
     low, high = tl.zeros([ROWS], tl.int32), tl.full([ROWS], FORCED + 1, tl.int32)
-    count = current + 1  # so many blocks have bits >= low, fewer than CHOSEN have bits >= high
+    count = current + 1  # at most CHOSEN: so many blocks have bits >= low
     searching = (count > CHOSEN).to(tl.int32)
+    GROUPS: tl.constexpr = max(32, CHOSEN_PAD)
+    if WIDTH_PAD % (4 * GROUPS) == 0:
+        best = tl.max(tl.max(tl.reshape(bits, [ROWS, WIDTH_PAD // (4 * GROUPS), GROUPS, 4]), axis=3), axis=1)
+        low = tl.where(searching > 0, tl.maximum(tl.min(best, axis=1), 0), 0)
+    if NUM_INIT + NUM_LOCAL < CHOSEN:
+        high = tl.max(tl.where(bits < FORCED, bits, -1), axis=1) + 1
+        searching = tl.where(high - low > 1, searching, 0)
     while tl.max(searching, axis=0) > 0:
         middle = low + (high - low) // 2
         reached = tl.sum((bits >= middle[:, None]).to(tl.int32), axis=1)
         rise, fall = (searching > 0) & (reached >= CHOSEN), (searching > 0) & (reached < CHOSEN)
         low, high, count = tl.where(rise, middle, low), tl.where(fall, middle, high), tl.where(rise, reached, count)
         searching = ((count > CHOSEN) & (high - low > 1)).to(tl.int32)
-    above, equal = bits > low[:, None], bits == low[:, None]
-    ties = CHOSEN - tl.sum(above.to(tl.int32), axis=1)
-    taken = above | (equal & (tl.cumsum(equal.to(tl.int32), axis=1) <= ties[:, None]))
+    taken = bits >= low[:, None]
+    if tl.max(count, axis=0) > CHOSEN:  # some row's n-th best score is not its alone
+        above, equal = bits > low[:, None], bits == low[:, None]
+        ties = CHOSEN - tl.sum(above.to(tl.int32), axis=1)
+        taken = above | (equal & (tl.cumsum(equal.to(tl.int32), axis=1) <= ties[:, None]))
     place = tl.cumsum(taken.to(tl.int32), axis=1) - 1
     row = selection + ((query_start + query).to(tl.int64) * num_kv_heads + kv_head) * CHOSEN
     tl.store(row[:, None] + place, tl.broadcast_to(block, [ROWS, WIDTH_PAD]), mask=taken)
     slot = tl.arange(0, CHOSEN_PAD)[None, :]
     tl.store(row[:, None] + slot, -1, mask=(current >= 0)[:, None] & (slot > current[:, None]) & (slot < CHOSEN))
+
+
+def score_chunks(plan: KernelPlan, config: SparsityConfig, *, queries: int, num_kv_heads: int, num_tiles: int) -> list[tuple[int, int, int]]:
+    """(first tile, number of tiles, width) of the chunks of `plan.query_tiles(queries)`.
+
+    The width is a power of two and at least the number of blocks that a query of the chunk sees. A chunk's scores, fp32
+    `[tiles, Hkv, queries, width]`, take SCRATCH_BYTES, or what MIN_PROGRAMS programs need.
+    """
+    query_lengths, key_lengths = plan.host_query_ends.diff(), plan.host_key_ends.diff()
+    width, first, chunks = triton.next_power_of_2(num_blocks(plan.max_key_length, config)), 0, []
+    while first < num_tiles:
+        end = num_tiles
+        if width > MIN_WIDTH:  # tiles that may see more than width / 2 blocks: those whose first query is at `least` or later
+            least = (width // 2) * config.select_block_size - queries + 1
+            before = (least - (key_lengths - query_lengths)).clamp(min=0)
+            end = int(((query_lengths + queries - 1) // queries - (before + queries - 1) // queries).clamp(min=0).sum())
+        size = max(SCRATCH_BYTES // (num_kv_heads * queries * width * 4), -(-MIN_PROGRAMS // num_kv_heads))
+        chunks += [(start, min(size, end - start), width) for start in range(first, end, size)]
+        first, width = max(first, end), width // 2
+    return chunks
 
 
 def choose_blocks(q: torch.Tensor, kc: torch.Tensor, lse: torch.Tensor, plan: KernelPlan, config: SparsityConfig, *, scale: float) -> torch.Tensor:
@@ -195,21 +229,19 @@ def choose_blocks(q: torch.Tensor, kc: torch.Tensor, lse: torch.Tensor, plan: Ke
     """
     num_kv_heads, group, key_dim, n = kc.shape[1], q.shape[1] // kc.shape[1], q.shape[2], config.num_selected_blocks
     selection = torch.empty(q.shape[0], num_kv_heads, n, dtype=torch.int32, device=q.device)
-    width = num_blocks(plan.max_key_length, config)
-    if not selection.numel() or not width:
+    if not selection.numel():
         return selection
+    some_left_out = num_blocks(plan.max_key_length, config) > n
     group_pad, dim_pad = triton.next_power_of_2(group), max(16, triton.next_power_of_2(key_dim))
     shape = score_tile(dim_pad, group_pad, q.dtype)
     queries = shape.columns // group_pad
     tiles = plan.query_tiles(queries)
-    num_tiles, rows = tiles.shape[0], num_kv_heads * queries
-    chunk = min(num_tiles, max(SCRATCH_BYTES // (rows * width * 4), -(-MIN_PROGRAMS // num_kv_heads)))
-    scores = torch.empty(chunk * rows * width if width > n else 1, dtype=torch.float32, device=q.device)
-    width_pad = triton.next_power_of_2(width)
-    choosing = min(queries, max(1, CHOOSE_SCORES // width_pad))
-    for first in range(0, num_tiles, chunk):
-        count = min(chunk, num_tiles - first)
-        if width > n:
+    chunks = score_chunks(plan, config, queries=queries, num_kv_heads=num_kv_heads, num_tiles=tiles.shape[0])
+    most = max(count * width for _, count, width in chunks)
+    scores = torch.empty(most * num_kv_heads * queries if some_left_out else 1, dtype=torch.float32, device=q.device)
+    for first, count, width in chunks:
+        choosing = min(queries, max(1, CHOOSE_SCORES // width))
+        if some_left_out:
             score_kernel[(count, num_kv_heads)](
                 q, kc, lse, scores, tiles, plan.query_ends, plan.key_ends, plan.compressed_ends,
                 q.stride(0), q.stride(1), kc.stride(0), kc.stride(1), lse.stride(0), lse.stride(1), first, width, scale * LOG2_E,
@@ -221,7 +253,7 @@ def choose_blocks(q: torch.Tensor, kc: torch.Tensor, lse: torch.Tensor, plan: Ke
         choose_kernel[(count * queries // choosing, num_kv_heads)](
             scores, selection, tiles, plan.query_ends, plan.key_ends, first, width,
             QUERIES=queries, ROWS=choosing, CHOSEN=n, CHOSEN_PAD=triton.next_power_of_2(n), SELECT=config.select_block_size,
-            NUM_INIT=config.num_init_blocks, NUM_LOCAL=config.num_local_blocks, WIDTH_PAD=width_pad,
-            num_warps=min(16, max(1, width_pad // CHOOSE_SCORES)),
+            NUM_INIT=config.num_init_blocks, NUM_LOCAL=config.num_local_blocks, WIDTH_PAD=width,
+            num_warps=min(16, max(1, width // CHOOSE_SCORES)),
         )  # fmt: skip
     return selection

@@ -65,6 +65,7 @@ def draw(band, key_lengths, query_lengths, heads, group, key_dim, value_dim, dty
 
     q, k, v = normal(queries, heads * group, key_dim), normal(count, heads, key_dim), normal(count, heads, value_dim)
     gates = torch.rand(queries, heads * group, 3, generator=generator, dtype=torch.float64).to(dtype)
+    gates[::5] = 0.0
     return q, k, v, gates, normal(queries, heads * group, value_dim)
 
 
@@ -97,14 +98,14 @@ def check(kind, config, key_lengths, query_lengths, heads, group, key_dim, value
 
 
 @pytest.mark.parametrize("kind", ["compression", "window"])
-@pytest.mark.parametrize(("group", "heads"), [(1, 2), (2, 1), (3, 1), (4, 2), (7, 1), (16, 1)])
+@pytest.mark.parametrize(("group", "heads"), [(1, 2), (2, 1), (3, 1), (7, 1), (16, 1)])
 def test_matches_dense_attention_for_every_group_size(kind, group, heads):
-    lengths = [1, 63, 7, 111] if group < 4 else [1, 31, 7]
+    lengths = [1, 63, 7, 111] if group < 3 else [1, 31, 7]
     check(kind, SMALL, lengths, lengths, heads, group, 16, 16)
 
 
 @pytest.mark.parametrize("kind", ["compression", "window"])
-@pytest.mark.parametrize(("key_dim", "value_dim"), [(8, 16), (32, 8), (96, 64), (24, 48)])
+@pytest.mark.parametrize(("key_dim", "value_dim"), [(8, 16), (32, 8), (24, 48)])
 def test_matches_dense_attention_for_odd_head_dims(kind, key_dim, value_dim):
     check(kind, SMALL, [63, 9], [63, 9], 1, 2, key_dim, value_dim)
 
@@ -112,7 +113,7 @@ def test_matches_dense_attention_for_odd_head_dims(kind, key_dim, value_dim):
 @pytest.mark.parametrize("kind", ["compression", "window"])
 @pytest.mark.parametrize("config", [SMALL, WIDE])
 def test_queries_may_be_the_last_tokens_of_longer_keys(kind, config):
-    check(kind, config, [150, 40, 9, 3], [20, 40, 1, 2], 1, 3, 16, 32, accumulate=False)
+    check(kind, config, [100, 40, 9, 3], [20, 30, 1, 2], 1, 3, 16, 32, accumulate=False)
 
 
 @pytest.mark.parametrize("window", [1, 15, 64, 130])
@@ -120,18 +121,18 @@ def test_window_widths(window):
     config = SparsityConfig(
         compress_block_size=8, compress_stride=4, select_block_size=8, num_selected_blocks=4, window_size=window, compressor="mean"
     )  # fmt: skip
-    check("window", config, [200, 5], [200, 5], 1, 1, 16, 16)
+    check("window", config, [150, 5], [150, 5], 1, 1, 16, 16)
 
 
 @pytest.mark.parametrize("kind", ["compression", "window"])
 def test_half_precision(kind):
-    check(kind, WIDE, [200, 63], [200, 63], 1, 2, 32, 32, dtype=torch.float16, bound=3e-3)
+    check(kind, WIDE, [130, 63], [130, 63], 1, 2, 32, 32, dtype=torch.float16, bound=3e-3)
 
 
 @pytest.mark.parametrize("group", [1, 3])
 def test_long_sequences_are_split_into_chunks_of_queries(monkeypatch, group):
     monkeypatch.setattr(banded, "MIN_CHUNK", 32)
-    check("compression", SMALL, [150, 40], [130, 40], 1, group, 16, 16)
+    check("compression", SMALL, [110, 40], [90, 40], 1, group, 16, 16)
 
 
 @pytest.mark.parametrize("kind", ["compression", "window"])

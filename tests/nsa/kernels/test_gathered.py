@@ -17,10 +17,8 @@ SMALL = SparsityConfig(compress_block_size=8, compress_stride=4, select_block_si
 
 @pytest.fixture(autouse=True)
 def _toy_sizes(monkeypatch):
-    """Several ranges, parts and tables of bounds at toy sizes."""
     if DEVICE == "cpu":
         monkeypatch.setattr(selected, "QUERY_TILE", 8)
-    monkeypatch.setattr(inverse, "MAX_BOUNDS", 1)
 
 
 @pytest.fixture
@@ -71,7 +69,7 @@ def run(inputs, selection, lengths, query_lengths, config, *, accumulate=True):
 
 
 def compare(monkeypatch, lengths, query_lengths=None, config=SMALL, *, num_kv_heads=1, group=2, key_dim=16, value_dim=16, dtype=torch.float32,
-    chunk=24, forced=True, selection=None, accumulate=True,
+    chunk=20, forced=True, selection=None, accumulate=True,
 ):  # fmt: skip
     query_lengths = query_lengths or lengths
     inputs = draw(sum(query_lengths), sum(lengths), num_kv_heads, group, key_dim, value_dim, dtype)
@@ -89,44 +87,45 @@ def compare(monkeypatch, lengths, query_lengths=None, config=SMALL, *, num_kv_he
     return results
 
 
-@pytest.mark.parametrize(("group", "forced"), [(1, True), (3, False), (4, True)])
+@pytest.mark.parametrize(("group", "forced"), [(1, True), (3, False)])
 def test_groups(monkeypatch, group, forced):
-    compare(monkeypatch, [90], group=group, forced=forced)
+    compare(monkeypatch, [40], group=group, forced=forced)
 
 
 def test_packed_sequences_and_unequal_dims(monkeypatch):
-    compare(monkeypatch, [50, 1, 14, 0, 40], num_kv_heads=2, key_dim=24, value_dim=40, accumulate=False)
+    compare(monkeypatch, [30, 1, 0, 14], num_kv_heads=1, key_dim=24, value_dim=40, accumulate=False)
 
 
 def test_chunked_queries_and_odd_blocks(monkeypatch):
     config = SparsityConfig(compress_block_size=8, compress_stride=4, select_block_size=12, num_selected_blocks=3, compressor="mean")
-    compare(monkeypatch, [63, 90], [5, 30], config, forced=False, chunk=16)
+    compare(monkeypatch, [33, 50], [5, 16], config, forced=False, chunk=10)
 
 
 def test_several_heads_in_one_launch_and_no_shared_blocks(monkeypatch, shapes):
     shapes(shared_blocks=False)
-    compare(monkeypatch, [70], [40], num_kv_heads=2, chunk=1000)
+    compare(monkeypatch, [70], [16], num_kv_heads=2, chunk=1000)
 
 
 def test_parts_of_long_lists(monkeypatch, shapes):
     shapes(forward_part=10, backward_part=10)
-    compare(monkeypatch, [60], forced=False, chunk=40)
+    compare(monkeypatch, [40], forced=False, chunk=40)
 
 
 def test_ranges_of_one_head_each(monkeypatch, shapes):
     shapes(forward_scratch=1, backward_scratch=1)
-    compare(monkeypatch, [40], [20], num_kv_heads=2, chunk=16)
+    monkeypatch.setattr(inverse, "MAX_BOUNDS", 1)
+    compare(monkeypatch, [40], [10], num_kv_heads=2, chunk=6)
 
 
 def test_more_forced_blocks(monkeypatch):
     config = SparsityConfig(
         compress_block_size=8, compress_stride=4, select_block_size=8, num_selected_blocks=6, num_init_blocks=2, num_local_blocks=3, compressor="mean"
     )
-    compare(monkeypatch, [60], [44], config, forced=False)
+    compare(monkeypatch, [50], [20], config, forced=False)
 
 
 def test_half_precision(monkeypatch):
-    compare(monkeypatch, [60], [24], dtype=torch.float16)
+    compare(monkeypatch, [60], [12], dtype=torch.float16)
 
 
 def test_rows_that_see_nothing(monkeypatch):

@@ -106,6 +106,28 @@ def test_chunks_of_tiles_give_the_same(monkeypatch):
     assert torch.equal(check([111, 63], SMALL, num_kv_heads=1), whole)
 
 
+def test_tiles_that_see_less_have_narrower_scores(monkeypatch):
+    config = SparsityConfig(compress_block_size=4, compress_stride=2, select_block_size=4, num_selected_blocks=5, compressor="mean")
+    whole = check([150, 40], config, query_lengths=[150, 33], num_kv_heads=1, group=1)
+    monkeypatch.setattr(scoring, "MIN_WIDTH", 4)
+    assert torch.equal(check([150, 40], config, query_lengths=[150, 33], num_kv_heads=1, group=1), whole)
+
+
+@pytest.mark.parametrize(("lengths", "query_lengths"), [([5000], [5000]), ([4096, 64, 1], [4096, 64, 1]), ([9000, 700, 130], [64, 700, 1])])
+@pytest.mark.parametrize("queries", [1, 8, 64])
+def test_chunks_cover_every_tile_and_are_wide_enough(monkeypatch, lengths, query_lengths, queries):
+    monkeypatch.setattr(scoring, "SCRATCH_BYTES", 2**16)
+    config = SparsityConfig(compressor="mean")
+    plan = KernelPlan(cumulative(query_lengths), cumulative(lengths), config=config, device=torch.device("cpu"))
+    tiles = plan.query_tiles(queries).tolist()
+    chunks = scoring.score_chunks(plan, config, queries=queries, num_kv_heads=2, num_tiles=len(tiles))
+    assert [tile for first, count, _ in chunks for tile in range(first, first + count)] == list(range(len(tiles)))
+    for first, count, width in chunks:
+        for sequence, start in tiles[first : first + count]:
+            last = min(start + queries, query_lengths[sequence]) - 1 + lengths[sequence] - query_lengths[sequence]
+            assert width >= last // config.select_block_size + 1
+
+
 def test_ties_go_to_the_lower_block():
     q, lengths = torch.zeros(4, 2, 16, device=DEVICE), [128]
     kc = torch.ones(31, 1, 16, device=DEVICE)
