@@ -59,23 +59,27 @@ class Band:
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
-    """Tile sizes and launch settings of one kernel: rows (queries × heads), keys, warps, pipeline stages."""
+    """Tile sizes and launch settings of one kernel: rows (queries × heads), keys, warps, pipeline stages, and the most
+    registers a thread may have (None: as many as the compiler likes)."""
 
     rows: int
     keys: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
-def choose_blocks(kernel: Literal["forward", "dq", "dkdv"], width: int, dtype: torch.dtype) -> Blocks:
-    """The settings for head dims up to `width` (a power of two) and a dtype; those for 128 were swept on an H100 (scripts/bench/RESULTS.md)."""
+def choose_blocks(kind: Literal["compression", "window"], kernel: Literal["forward", "dq", "dkdv"], width: int, dtype: torch.dtype) -> Blocks:
+    """The settings for a branch, head dims up to `width` (a power of two) and a dtype (forward and dq at 128 as swept on an H100).
+
+    Shorter pipelines of dk and dv leave no spills in the loops (`cuobjdump`, Triton 3.6)."""
     if dtype == torch.float32:
         return Blocks(32, 32, 4, 2 if width <= 64 else 1)
     if kernel == "forward":
         return Blocks(64, 64, 4, 3) if width <= 128 else Blocks(128, 64, 8, 2)
     if kernel == "dq":
         return Blocks(128, 64, 8, 3) if width <= 128 else Blocks(64, 64, 8, 1)
-    return Blocks(64, 128, 8, 3) if width <= 128 else Blocks(32, 64, 8, 2)
+    return Blocks(64, 128, 8, 2) if width <= 128 else Blocks(32, 64, 8, 2)
 
 
 @triton.jit
@@ -457,11 +461,11 @@ def rows_contiguous(x: torch.Tensor) -> torch.Tensor:
 
 def tile_settings(
     kernel: Literal["forward", "dq", "dkdv"], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, band: Band
-) -> tuple[dict[str, int], dict[str, int | str]]:
-    """Launch settings (num_warps, num_stages) and the constants that describe a kernel's tiles."""
+) -> tuple[dict[str, int | None], dict[str, int | str]]:
+    """Launch settings (num_warps, num_stages, maxnreg) and the constants that describe a kernel's tiles."""
     key_dim, value_dim, group = k.shape[2], v.shape[2], q.shape[1] // k.shape[1]
     width_k, width_v = (max(16, triton.next_power_of_2(dim)) for dim in (key_dim, value_dim))
-    blocks = choose_blocks(kernel, max(width_k, width_v), q.dtype)
+    blocks = choose_blocks(band.kind, kernel, max(width_k, width_v), q.dtype)
     rows = max(blocks.rows, triton.next_power_of_2(group))
     queries = rows // group
     constants: dict[str, int | str] = {"DK": key_dim, "DV": value_dim, "WIDTH_K": width_k, "WIDTH_V": width_v, "GROUP": group, **band.geometry}
@@ -472,7 +476,7 @@ def tile_settings(
         constants["BORDER"] = max(16, triton.next_power_of_2(rest)) if narrow else blocks.keys
     exact = q.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32
     constants["PRECISION"] = "ieee" if exact else "tf32"
-    return {"num_warps": blocks.warps, "num_stages": blocks.stages}, constants
+    return {"num_warps": blocks.warps, "num_stages": blocks.stages, "maxnreg": blocks.registers}, constants
 
 
 def banded_forward(

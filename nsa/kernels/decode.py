@@ -9,7 +9,8 @@ Grids depend on shapes alone; programs past a sequence's end leave at once.
 
 Every partial sum is kept relative to a whole power of two, so rescaling is exact, and outputs are summed over a fixed binary tree
 of leaves (`tree_sum`). Other sums have tiles of one shape, and no layout depends on the capacity (`do_not_specialize`). So neither
-the batch nor how many leaves a program takes changes a bit of a result, and equal logits give equal scores wherever they stand. Leaves out prefill, φ (the cache holds its outputs) and gradients.
+the batch nor how many leaves a program takes changes a bit of a result, and equal logits give equal scores wherever they stand.
+Leaves out prefill, φ (the cache holds its outputs) and gradients.
 
 Names: m queries per sequence, rows = m·G of one KV head, row r = (query r // G, head r % G). Slot s of a sequence's
 compressed pages holds compressed token s − first with first = l/d − 1, complete once the sequence has (s+1)·d tokens; the
@@ -213,7 +214,7 @@ def leaf_statistics(leaf_top, leaf_sum, rows, real, num_leaves, stride, ROWS: tl
 
 @triton.jit(do_not_specialize=["num_leaves", "num_chunks"])
 def score_kernel(
-    leaf_top, leaf_sum, own_scores, next_scores, candidates, given, seq_lens, given_batch, given_row, given_head, num_leaves, num_chunks,
+    leaf_top, leaf_sum, own_scores, next_scores, chunk_keys, candidates, given, seq_lens, given_batch, given_row, given_head, num_leaves, num_chunks,
     HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP2: tl.constexpr, NUM_NEW: tl.constexpr, STRIDE: tl.constexpr, FIRST: tl.constexpr,
     PER_BLOCK: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr, NUM: tl.constexpr, NUM_INIT: tl.constexpr, NUM_LOCAL: tl.constexpr,
     CHUNK: tl.constexpr, GIVEN: tl.constexpr,
@@ -251,14 +252,18 @@ def score_kernel(
     forced = (blocks < NUM_INIT) | (blocks > current - NUM_LOCAL)
     bits = tl.where(forced, 0x7F800000, score.to(tl.int32, bitcast=True)).to(tl.int64)
     keys = tl.where(blocks <= current, (bits << 32) | (0x7FFFFFFF - blocks).to(tl.int64), -1 - blocks.to(tl.int64))
+    # Through memory, so that the ranking does not inherit the scores' layout, which repeats every element in many threads.
+    place = ((batch * NUM_NEW + query) * HEADS + head) * num_chunks + chunk
+    column = tl.arange(0, CHUNK)
+    tl.store(chunk_keys + place * CHUNK + column, keys)
+    tl.debug_barrier()
+    mine = tl.load(chunk_keys + place * CHUNK + column)
     ranks = tl.zeros([CHUNK], tl.int32)
-    SLICES: tl.constexpr = CHUNK // 32
-    slices = tl.reshape(keys, (SLICES, CHUNK // SLICES))
-    for index in range(SLICES):
-        others = tl.sum(tl.where(tl.arange(0, SLICES)[:, None] == index, slices, 0), 0)
-        ranks += tl.sum((others[None, :] > keys[:, None]).to(tl.int32), 1)
-    base = (((batch * NUM_NEW + query) * HEADS + head) * num_chunks + chunk) * NUM
-    tl.store(candidates + base + ranks, keys, mask=ranks < NUM)
+    SLICE: tl.constexpr = 32 if CHUNK > 32 else CHUNK
+    for start in range(0, CHUNK, SLICE):
+        others = tl.load(chunk_keys + place * CHUNK + start + tl.arange(0, SLICE))
+        ranks += tl.sum((others[None, :] > mine[:, None]).to(tl.int32), 1)
+    tl.store(candidates + place * NUM + ranks, mine, mask=ranks < NUM)
 
 
 @triton.jit
@@ -447,7 +452,8 @@ def paged_decode(
     raw_partial = (scratch(all_leaves), scratch(all_leaves), scratch(raw_parts), scratch(raw_parts, value_dim))
     own_scores = scratch(num_leaves * groups) if scores else out
     next_scores = scratch(num_leaves * groups) if scores and first else own_scores
-    candidates = torch.empty(batch * num_new * heads * num_chunks * num, dtype=torch.int64, device=q.device) if scores else used
+    keys = torch.empty(batch * num_new * heads * num_chunks * (tiles.chunk + num) if scores else 0, dtype=torch.int64, device=q.device)
+    chunk_keys, candidates = keys.split([len(keys) * tiles.chunk // (tiles.chunk + num), len(keys) * num // (tiles.chunk + num)])
     given = used if selection is None else selection
     common = {"HEADS": heads, "GROUP": group, "NUM_NEW": num_new}
     dims = {"DK": key_dim, "DV": value_dim, "DK2": padded(key_dim), "DV2": padded(value_dim)}
@@ -463,7 +469,7 @@ def paged_decode(
     )  # fmt: skip
     if scores:
         score_kernel[heads * num_chunks, num_new, batch](
-            *cmp_partial[:2], own_scores, next_scores, candidates, given, seq_lens, *given.stride()[:3], num_leaves, num_chunks, **common,
+            *cmp_partial[:2], own_scores, next_scores, chunk_keys, candidates, given, seq_lens, *given.stride()[:3], num_leaves, num_chunks, **common,
             GROUP2=triton.next_power_of_2(group), STRIDE=stride, FIRST=first, PER_BLOCK=per_block, GROUPS=groups, SIZE=size, NUM=num,
             NUM_INIT=config.num_init_blocks, NUM_LOCAL=config.num_local_blocks, CHUNK=tiles.chunk, GIVEN=selection is not None,
             num_warps=4 if tiles.chunk <= 128 else 8, enable_fp_fusion=False,

@@ -1,19 +1,19 @@
 """Attention over chosen blocks, block by block: K and V of a block stay put and the queries that chose it pass by.
 
-A query-major kernel pulls 32 KB of K and V per query, KV head and block through L2; here what passes by is one row of q
-(and d_out) per head, and what each row got from each of its n blocks waits in a scratch in memory until a second kernel
-adds it up in slot order. One KV head and range of queries after another, so that the scratch stays small.
+What each row got from each of its n blocks waits in a scratch until a second kernel adds it up in slot order. One KV
+head and range of queries after another, so that the scratch stays small.
 
     forward   gathered_forward_kernel (softmax of each block by itself) -> merge_kernel, which also computes the blocks
               that neighbouring queries share (the sequence's first and each query's last), so that they skip the scratch
     backward  gathered_backward_kernel (dk, dv of a block; parts of dq) -> add_segments_kernel, add_dq_kernel
 
-No atomics; lists, ranges and segments are cut from each sequence's own start, so results are the same from run to run
-and whatever else is in the batch. Leaves out small batches, big groups and fp32 (selected.py).
+No atomics; ranges and parts of lists are cut from each sequence's own start, so results are the same from run to run and
+whatever else is in the batch. Leaves out small batches, big groups and fp32 (selected.py).
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -31,8 +31,7 @@ from nsa.kernels.tiles import KernelPlan
 MIN_QUERIES = 4096
 """Fewer packed queries than this go query by query."""
 MAX_GROUP = 16
-MAX_BLOCK_BYTES = 2**17
-"""A block's K and V beyond this do not fit into shared memory beside the queries."""
+MAX_BLOCK_BYTES = 2**17  # K and V beyond this do not fit into shared memory beside the queries
 DTYPES = (torch.bfloat16, torch.float16)
 
 
@@ -70,19 +69,14 @@ def padded(size: int) -> int:
 
 def gather_shapes(dims: int, group: int, dtype: torch.dtype) -> GatherShapes:
     """The fixed table; `dims` = padded Dk + Dv."""
-    least = padded(group)
     if dtype == torch.float32:
-        small = Launch(max(16, least), 4, 1)
+        small = Launch(padded(group), 4, 1)
         return GatherShapes(forward=small, merge=small, backward=small, add_dq=small, forward_part=1024, backward_part=8192)
-    wide = dims > 256
-    return GatherShapes(
-        forward=Launch(max(64, least), 4, 2),
-        merge=Launch(max(64, least), 4, 2),
-        backward=Launch(max(32, least), 8 if wide else 4, 2 if wide else 3),
-        add_dq=Launch(max(32, least), 4, 4),
-        forward_part=1024,
-        backward_part=8192,
-    )
+    odd = 32 % group > 0  # such a group needs more registers for its indices
+    merge = Launch(32, 8 if dims > 384 else 4, 2) if dims > 256 else Launch(64, 4, 3)
+    backward = Launch(16 if dims > 384 or (odd and dims > 256) else 32, 8, 2) if odd or dims > 256 else Launch(32, 4, 3)
+    forward, add_dq = Launch(64, 8 if dims > 384 else 4, 2), Launch(32, 4, 3)
+    return GatherShapes(forward=forward, merge=merge, backward=backward, add_dq=add_dq, forward_part=1024, backward_part=8192)
 
 
 def gathers(group: int, num_queries: int, block_bytes: int, dtype: torch.dtype) -> bool:
@@ -288,7 +282,7 @@ def gathered_backward_kernel(
         row = tl.load(queries + entry, mask=valid, other=0)
         slot = tl.load(slots + entry, mask=valid, other=0).to(tl.int32)
         seen = exists[:, None] & (key[:, None] <= (row + offset)[None, :]) & valid[None, :]
-        place = ((tl.program_id(1) * num_rows + row - first_query).to(tl.int64) * CHOSEN + slot) * GROUP + lane % GROUP
+        place = ((tl.program_id(1) * num_rows + row - first_query) * CHOSEN + slot) * GROUP + lane % GROUP
         row = row.to(tl.int64)
         q_tile = tl.load(q + (row * q_row + head * q_head)[:, None] + key_dim[None, :], mask=valid[:, None] & (key_dim < KEY_DIM)[None, :], other=0.0)
         do_mask = valid[:, None] & (value_dim < VALUE_DIM)[None, :]
@@ -303,7 +297,7 @@ def gathered_backward_kernel(
         ds = (p * (dp * gates[None, :] - deltas[None, :])).to(q_tile.dtype)
         acc_k += tl.dot(ds, q_tile, input_precision=PRECISION)
         dq = tl.dot(tl.trans(k_tile), ds, input_precision=PRECISION)
-        target = partial + place[None, :] * KEY_DIM + key_dim[:, None]
+        target = partial + place.to(tl.int64)[None, :] * KEY_DIM + key_dim[:, None]
         tl.store(target, dq, mask=valid[None, :] & (key_dim < KEY_DIM)[:, None], eviction_policy="evict_first")
     acc_k *= scale
     segment = tl.load(segments + item)
@@ -433,11 +427,9 @@ def gathered_forward(
     stats = torch.empty(heads * most * n * group, dtype=torch.float32, device=q.device)
     part = max(1, shapes.forward_part // group)
     strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2])
-    shared = {
-        "GROUP": group, **widths(key_dim, value_dim), "KEYS": padded(size), "SELECT": size, "CHOSEN": n, "PRECISION": dot_precision(),
-    }  # fmt: skip
-    rows, num_warps, num_stages = shapes.forward
-    merge_rows, merge_warps, merge_stages = shapes.merge
+    dims, precision = widths(key_dim, value_dim), dot_precision()
+    shared = {"GROUP": group, **dims, "KEYS": padded(size), "SELECT": size, "CHOSEN": n, "PRECISION": precision}
+    (rows, num_warps, num_stages), (merge_rows, merge_warps, merge_stages) = shapes.forward, shapes.merge
     works = list(cut_lists(index, device_cuts, plan, size, part, most * n, init=init, local=local, keep_empty=False))
     for work, number, _, first_head, taken, first, count in launches(cuts, works, num_kv_heads, heads):
         gathered_forward_kernel[(work.blocks.shape[2], taken)](
@@ -480,22 +472,17 @@ def gathered_backward(
     part = max(1, shapes.backward_part // group)
     num_segments = max(1, 2 * most * n // part)
 
-    def scratch(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.empty(*shape, dtype=dtype, device=q.device)
-
+    scratch = functools.partial(torch.empty, dtype=torch.float32, device=q.device)
     partial = scratch(heads * most * n * group, key_dim, dtype=q.dtype)
     segment_sums = (scratch(heads, num_segments, size, key_dim), scratch(heads, num_segments, size, value_dim))
     dk, dv = scratch(*k.shape, dtype=k.dtype), scratch(*v.shape, dtype=k.dtype)
     totals = (scratch(heads, k.shape[0], key_dim), scratch(heads, k.shape[0], value_dim)) if last else (dk, dv)
     strides = (*d_out.stride()[:2], *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *delta_b.stride(), *gate.stride())
-    dims = widths(key_dim, value_dim)
-    rows, num_warps, num_stages = shapes.backward
-    dq_rows, dq_warps, dq_stages = shapes.add_dq
-    keys = min(padded(size), 32)
+    dims, keys = widths(key_dim, value_dim), min(padded(size), 32)
+    (rows, num_warps, num_stages), (dq_rows, dq_warps, dq_stages) = shapes.backward, shapes.add_dq
     works = list(cut_lists(index, device_cuts, plan, size, part, most * n, init=0, local=-1, keep_empty=True))
     for work, number, place, first_head, taken, first, count in launches(cuts, works, num_kv_heads, heads):
-        sums = (num_kv_heads, k.shape[0], num_segments, number, first_head)
-        ends = (int(place == 0), int(place == last))
+        sums, ends = (num_kv_heads, k.shape[0], num_segments, number, first_head), (int(place == 0), int(place == last))
         gathered_backward_kernel[(work.blocks.shape[2], taken)](
             d_out, q, k, v, lse, delta_b, gate, dk, dv, *totals, *segment_sums, partial, index.queries, index.slots,
             work.blocks, work.firsts, work.sizes, work.segments, index.block_sequence, index.block_ends, plan.query_ends, plan.key_ends,

@@ -98,49 +98,49 @@ def check(kind, config, key_lengths, query_lengths, heads, group, key_dim, value
 
 
 @pytest.mark.parametrize("kind", ["compression", "window"])
-@pytest.mark.parametrize(("group", "heads"), [(1, 2), (2, 1), (3, 1), (7, 1), (16, 1)])
+@pytest.mark.parametrize(("group", "heads"), [(1, 2), (3, 1), (7, 1), (16, 1)])
 def test_matches_dense_attention_for_every_group_size(kind, group, heads):
-    lengths = [1, 63, 7, 111] if group < 3 else [1, 31, 7]
+    lengths = [1, 63, 7] if group == 1 else [1, 40, 7] if group < 4 else [1, 13, 5]
     check(kind, SMALL, lengths, lengths, heads, group, 16, 16)
 
 
 @pytest.mark.parametrize("kind", ["compression", "window"])
 @pytest.mark.parametrize(("key_dim", "value_dim"), [(8, 16), (32, 8), (24, 48)])
 def test_matches_dense_attention_for_odd_head_dims(kind, key_dim, value_dim):
-    check(kind, SMALL, [63, 9], [63, 9], 1, 2, key_dim, value_dim)
+    check(kind, SMALL, [33, 9], [33, 9], 1, 2, key_dim, value_dim)
 
 
 @pytest.mark.parametrize("kind", ["compression", "window"])
 @pytest.mark.parametrize("config", [SMALL, WIDE])
 def test_queries_may_be_the_last_tokens_of_longer_keys(kind, config):
-    check(kind, config, [100, 40, 9, 3], [20, 30, 1, 2], 1, 3, 16, 32, accumulate=False)
+    check(kind, config, [90, 20, 9, 3], [20, 10, 1, 2], 1, 3, 16, 32, accumulate=False)
 
 
-@pytest.mark.parametrize("window", [1, 15, 64, 130])
+@pytest.mark.parametrize("window", [1, 64])
 def test_window_widths(window):
     config = SparsityConfig(
         compress_block_size=8, compress_stride=4, select_block_size=8, num_selected_blocks=4, window_size=window, compressor="mean"
     )  # fmt: skip
-    check("window", config, [150, 5], [150, 5], 1, 1, 16, 16)
+    check("window", config, [97, 5], [97, 5], 1, 1, 16, 16)
 
 
 @pytest.mark.parametrize("kind", ["compression", "window"])
 def test_half_precision(kind):
-    check(kind, WIDE, [130, 63], [130, 63], 1, 2, 32, 32, dtype=torch.float16, bound=3e-3)
+    check(kind, WIDE, [100, 7], [100, 7], 1, 2, 32, 32, dtype=torch.float16, bound=3e-3)
 
 
 @pytest.mark.parametrize("group", [1, 3])
 def test_long_sequences_are_split_into_chunks_of_queries(monkeypatch, group):
     monkeypatch.setattr(banded, "MIN_CHUNK", 32)
-    check("compression", SMALL, [110, 40], [90, 40], 1, group, 16, 16)
+    check("compression", SMALL, [100, 20], [70, 20], 1, group, 16, 16)
 
 
 @pytest.mark.parametrize("kind", ["compression", "window"])
 def test_nan_outside_the_sequence_does_not_reach_it(kind):
     """Sequences of NaN before and after one, with gates and gradients of NaN: the one between is bit-equal to itself alone."""
-    lengths, middle = [21, 50, 21], slice(21, 71)
+    lengths, middle = [9, 35, 9], slice(9, 44)
     band = Band(kind, make_plan(lengths, lengths, SMALL), SMALL)
-    alone = Band(kind, make_plan([50], [50], SMALL), SMALL)
+    alone = Band(kind, make_plan([35], [35], SMALL), SMALL)
     q, k, v, gates, d_out = (x.to(DEVICE) for x in draw(band, lengths, lengths, 1, 3, 16, 16, torch.float32))
     keys = slice(int(band.key_ends[1]), int(band.key_ends[2]))
     for x in (q, gates, d_out):

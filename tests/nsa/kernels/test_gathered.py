@@ -103,12 +103,12 @@ def test_chunked_queries_and_odd_blocks(monkeypatch):
 
 def test_several_heads_in_one_launch_and_no_shared_blocks(monkeypatch, shapes):
     shapes(shared_blocks=False)
-    compare(monkeypatch, [70], [16], num_kv_heads=2, chunk=1000)
+    compare(monkeypatch, [48], [6], num_kv_heads=2, chunk=1000)
 
 
 def test_parts_of_long_lists(monkeypatch, shapes):
     shapes(forward_part=10, backward_part=10)
-    compare(monkeypatch, [40], forced=False, chunk=40)
+    compare(monkeypatch, [40], [16], forced=False, chunk=40)
 
 
 def test_ranges_of_one_head_each(monkeypatch, shapes):
