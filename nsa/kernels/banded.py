@@ -59,18 +59,16 @@ class Band:
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
-    """Tile sizes and launch settings of one kernel: rows (queries × heads), keys, warps, pipeline stages, and the most
-    registers a thread may have (None: as many as the compiler likes)."""
+    """Tile sizes and launch settings of one kernel: rows (queries × heads), keys, warps, pipeline stages."""
 
     rows: int
     keys: int
     warps: int
     stages: int
-    registers: int | None = None
 
 
-def choose_blocks(kind: Literal["compression", "window"], kernel: Literal["forward", "dq", "dkdv"], width: int, dtype: torch.dtype) -> Blocks:
-    """The settings for a branch, head dims up to `width` (a power of two) and a dtype (forward and dq at 128 as swept on an H100).
+def choose_blocks(kernel: Literal["forward", "dq", "dkdv"], width: int, dtype: torch.dtype) -> Blocks:
+    """The settings for head dims up to `width` (a power of two) and a dtype (forward and dq at 128 as swept on an H100).
 
     Shorter pipelines of dk and dv leave no spills in the loops (`cuobjdump`, Triton 3.6)."""
     if dtype == torch.float32:
@@ -465,7 +463,7 @@ def tile_settings(
     """Launch settings (num_warps, num_stages, maxnreg) and the constants that describe a kernel's tiles."""
     key_dim, value_dim, group = k.shape[2], v.shape[2], q.shape[1] // k.shape[1]
     width_k, width_v = (max(16, triton.next_power_of_2(dim)) for dim in (key_dim, value_dim))
-    blocks = choose_blocks(band.kind, kernel, max(width_k, width_v), q.dtype)
+    blocks = choose_blocks(kernel, max(width_k, width_v), q.dtype)
     rows = max(blocks.rows, triton.next_power_of_2(group))
     queries = rows // group
     constants: dict[str, int | str] = {"DK": key_dim, "DV": value_dim, "WIDTH_K": width_k, "WIDTH_V": width_v, "GROUP": group, **band.geometry}
@@ -476,7 +474,7 @@ def tile_settings(
         constants["BORDER"] = max(16, triton.next_power_of_2(rest)) if narrow else blocks.keys
     exact = q.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32
     constants["PRECISION"] = "ieee" if exact else "tf32"
-    return {"num_warps": blocks.warps, "num_stages": blocks.stages, "maxnreg": blocks.registers}, constants
+    return {"num_warps": blocks.warps, "num_stages": blocks.stages}, constants
 
 
 def banded_forward(

@@ -290,7 +290,7 @@ def selected_forward(
     if not lse.numel():
         return branch_out, lse
     dims = padded(key_dim) + padded(value_dim)
-    if gathers(group, q.shape[0], padded(size) * dims * q.element_size(), q.dtype):
+    if gathers(group, q.shape[0], padded(size) * dims * q.element_size(), q.dtype, backward=False):
         index = invert_selection(selection, plan, config) if inverse is None else inverse
         gathered_forward(
             q, k, v, selection, index, plan, config, scale=scale, gate=gate, out=out, branch_out=branch_out, lse=lse, accumulate=accumulate
@@ -340,7 +340,7 @@ def selected_backward(
         return torch.zeros_like(k, memory_format=torch.contiguous_format), torch.zeros_like(v, memory_format=torch.contiguous_format)
     dims = padded(key_dim) + padded(value_dim)
     index = invert_selection(selection, plan, config) if inverse is None else inverse
-    if gathers(group, q.shape[0], padded(size) * dims * q.element_size(), q.dtype):
+    if gathers(group, q.shape[0], padded(size) * dims * q.element_size(), q.dtype, backward=True):
         return gathered_backward(d_out, q, k, v, selection, lse, delta_b, gate, index, plan, config, scale=scale, dq=dq)
     shared = {
         "GROUP": group, "KEY_DIM": key_dim, "KEY_PAD": padded(key_dim), "VALUE_DIM": value_dim, "VALUE_PAD": padded(value_dim), "SELECT": size,

@@ -20,9 +20,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+# Python puts this folder first on its path, where kernels.py would pass for the package `kernels` that transformers looks for.
+sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parent]
+
 import torch
-from nsa.kernels.compress import compress
-from nsa.kernels.gating import gate_backward
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -33,6 +34,8 @@ from nsa.attention import BranchKV, CompressorWeights, LayerCache, Phi, nsa_atte
 from nsa.blocks import num_compressed
 from nsa.config import SparsityConfig
 from nsa.kernels.banded import Band, banded_backward, banded_forward
+from nsa.kernels.compress import compress
+from nsa.kernels.gating import gate_backward
 from nsa.kernels.inverse import invert_selection
 from nsa.kernels.scoring import choose_blocks
 from nsa.kernels.selected import selected_backward, selected_forward

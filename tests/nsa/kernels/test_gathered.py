@@ -77,9 +77,9 @@ def compare(monkeypatch, lengths, query_lengths=None, config=SMALL, *, num_kv_he
         selection = random_selection(lengths, query_lengths, num_kv_heads, config, forced=forced)
     arguments = (inputs, selection, lengths, query_lengths, config)
     monkeypatch.setattr(gathered, "query_cuts", cuts_of(chunk))
-    monkeypatch.setattr(selected, "gathers", lambda *_: False)
+    monkeypatch.setattr(selected, "gathers", lambda *_, **__: False)
     wanted = run(*arguments, accumulate=accumulate)
-    monkeypatch.setattr(selected, "gathers", lambda *_: True)
+    monkeypatch.setattr(selected, "gathers", lambda *_, **__: True)
     results = run(*arguments, accumulate=accumulate)
     tolerance = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}[dtype]
     for got, want in zip(results, wanted, strict=True):
@@ -137,7 +137,7 @@ def test_rows_that_see_nothing(monkeypatch):
 
 def test_a_sequence_does_not_depend_on_its_neighbours(monkeypatch, shapes):
     shapes(forward_part=20, backward_part=20)
-    monkeypatch.setattr(selected, "gathers", lambda *_: True)
+    monkeypatch.setattr(selected, "gathers", lambda *_, **__: True)
     monkeypatch.setattr(gathered, "query_cuts", cuts_of(24))
     inputs = draw(40, 40, 1, 2, 16, 16, torch.float32)
     selection = random_selection([40], [40], 1, SMALL, forced=False)
@@ -148,9 +148,11 @@ def test_a_sequence_does_not_depend_on_its_neighbours(monkeypatch, shapes):
 
 
 def test_the_rule():
-    assert gathered.gathers(16, 65536, 2**15, torch.bfloat16)
-    for other in ((17, 65536, 2**15, torch.bfloat16), (16, 100, 2**15, torch.bfloat16), (16, 65536, 2**15, torch.float32)):
-        assert not gathered.gathers(*other)
+    assert gathered.gathers(16, 65536, 2**15, torch.bfloat16, backward=True)
+    assert gathered.gathers(8, 65536, 2**15, torch.bfloat16, backward=False)
+    assert not gathered.gathers(16, 65536, 2**15, torch.bfloat16, backward=False)
+    for other in ((17, 65536, 2**15, torch.bfloat16), (8, 100, 2**15, torch.bfloat16), (8, 65536, 2**15, torch.float32)):
+        assert not gathered.gathers(*other, backward=True)
 
 
 @pytest.mark.gpu

@@ -136,7 +136,7 @@ def test_long_lists_are_added_from_segments(monkeypatch):
 
 @pytest.mark.parametrize("group", [1, 3])
 def test_block_major(monkeypatch, group):
-    monkeypatch.setattr(selected, "gathers", lambda *_: True)
+    monkeypatch.setattr(selected, "gathers", lambda *_, **__: True)
     check([50, 1, 14], group=group, num_kv_heads=1, value_dim=24)
 
 
