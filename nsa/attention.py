@@ -1,8 +1,9 @@
 """The two public attention functions and their backend choice.
 
 `nsa_attention` works on packed sequences (training, prefill, chunked prefill), `nsa_decode` on a paged cache. Backends:
-`reference` (the oracle, for tests), `torch` (vectorised, any device), `triton` (the kernels: what `auto` means on CUDA;
-on the CPU they run in Triton's interpreter where TRITON_INTERPRET=1 is set, for tests).
+`reference` (the oracle, for tests), `torch` (vectorised, any device), `triton` (the kernels, on CUDA; on the CPU they run
+in Triton's interpreter where TRITON_INTERPRET=1 is set, for tests). `auto` is `torch` until a whole GRPO run on the
+kernels has been measured.
 """
 
 from __future__ import annotations
@@ -104,19 +105,16 @@ def resolve_backend(backend: str, device: torch.device) -> str:
     """
     if backend not in ("auto", "reference", "torch", "triton"):
         raise ValueError(f"backend must be one of auto, reference, torch, triton; got {backend!r}")
-    if backend not in ("auto", "triton"):
-        return backend
+    if backend != "triton":
+        return "torch" if backend == "auto" else backend
+    missing = None
     if importlib.util.find_spec("triton") is None:
         missing = "the package triton is not installed"
     elif device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         missing = f"the kernels need a CUDA GPU, got tensors on {device.type} (TRITON_INTERPRET=1 runs them in Triton's interpreter)"
-    elif backend == "auto":
-        return "triton" if device.type == "cuda" else "torch"
-    else:
-        return "triton"
-    if backend == "triton":
+    if missing:
         raise ValueError(f"backend 'triton' cannot be used here: {missing}; use 'auto' or 'torch'")
-    return "torch"
+    return "triton"
 
 
 def plan_batch(
