@@ -14,8 +14,10 @@ from rich.console import Console
 from grpo.config import RunConfig, SftConfig
 from grpo.data import Row, load_rows
 from grpo.doctor import device_memory
+from grpo.learner import resolve_device
 from grpo.memory_plan import plan_memory, read_model_config, size
 from grpo.rewards_check import score_samples
+from nsa.attention import resolve_backend
 
 _SAMPLE_ROWS = 2
 
@@ -26,13 +28,13 @@ def check_config(config: RunConfig | SftConfig) -> int:
     if isinstance(config, SftConfig):
         checks.run("data", lambda: _sft_data(config))
         checks.run("model", lambda: _model(config.model.path))
-        checks.run("device", lambda: device_memory(config.model.device)[0])
+        checks.run("device", lambda: _device(config))
     else:
         checks.run("data", lambda: _data(config))
         checks.run("rewards", lambda: _rewards(config))
         if checks.run("model", lambda: _model(config.model.path)):
             checks.run("prompts", lambda: _prompts(config, checks))
-        if checks.run("device", lambda: device_memory(config.model.device)[0]) and not checks.failed("model"):
+        if checks.run("device", lambda: _device(config)) and not checks.failed("model"):
             checks.run("memory", lambda: _memory(config, checks))
     return checks.finish()
 
@@ -113,6 +115,12 @@ def _prompts(config: RunConfig, checks: _Checks) -> str:
     lengths = [len(prompt.token_ids) for prompt in (*problems.train, *problems.evaluation)]
     checks.prompt_tokens = max(lengths)
     return f"{min(lengths)} to {max(lengths)} tokens" + (f"; {problems.note}" if problems.note else "")
+
+
+def _device(config: RunConfig | SftConfig) -> str:
+    name, _ = device_memory(config.model.device)
+    resolve_backend(config.model.attention_backend, resolve_device(config.model.device))
+    return name
 
 
 def _memory(config: RunConfig, checks: _Checks) -> str:

@@ -33,6 +33,7 @@ from grpo.loss import LossSums, kl_estimate, means, merge, policy_loss
 from grpo.micro_batch import MicroBatch, prepare, row_logprobs, scatter_rows
 from grpo.optimizer import gradient_norms, learning_rate, make_optimizer, set_learning_rate
 from grpo.truths import LearnerError, check_mismatch, describe_step, first_kl_difference, first_ratio_deviation, selection_agreement
+from nsa.attention import resolve_backend
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +80,7 @@ class Learner:
     def __init__(self, config: RunConfig, *, device: str | torch.device | None = None, model: Any = None) -> None:
         self.config = config
         self.device = torch.device(device) if device is not None else resolve_device(config.model.device)
+        resolve_backend(config.model.attention_backend, self.device)  # a wrong one is found before the weights are loaded
         self.policy_version = 0
         self._model: Any = (load_policy(config) if model is None else model).to(self.device)
         self._saved_backend = self._model.config.attention_backend

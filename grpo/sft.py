@@ -35,6 +35,7 @@ from grpo.optimizer import gradient_norms, learning_rate, make_optimizer, set_le
 from grpo.prompt_settings import save_prompt_settings
 from grpo.seeding import seed_everything
 from grpo.sft_data import Dropped, SftExample, SftText, load_texts, plan_steps, tokenize
+from nsa.attention import resolve_backend
 from nsa.config import NSAConfig
 
 
@@ -62,6 +63,7 @@ def run_sft(config: SftConfig, texts: Sequence[SftText | tuple[str, str]] | None
         CheckpointError: the checkpoint could not be written, or another process uses the run folder.
     """
     device = resolve_device(config.model.device)
+    resolve_backend(config.model.attention_backend, device)
     if config.runtime_threads is not None:
         torch.set_num_threads(config.runtime_threads)
     seed_everything(config.seed)

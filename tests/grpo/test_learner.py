@@ -415,3 +415,9 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
     assert resolve_device("auto") == torch.device("cpu")
     with pytest.raises(ValueError, match="no CUDA GPU"):
         resolve_device("cuda")
+
+
+def test_kernels_without_a_gpu_are_refused_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(ValueError, match="the kernels need a CUDA GPU, got tensors on cpu"):
+        Learner(make_config(model={"attention_backend": "triton", "path": "nowhere"}), device="cpu")
