@@ -16,7 +16,7 @@ ARGS ?=
 .PHONY: help setup quickstart test lint bench clean
 
 help:
-	@echo 'make quickstart   set up, then SFT + GRPO on a tiny NSA model (CPU, about 5 minutes); ARGS="--seed 1 --out DIR"'
+	@echo 'make quickstart   set up, then SFT + GRPO on a tiny NSA model (CPU, 5 to 6 minutes); ARGS="--seed 1 --out DIR"'
 	@echo 'make test         set up, then lint, types, import directions and every CPU test'
 	@echo 'make lint         ruff, pyright, import directions'
 	@echo 'make bench        kernel, rollout and step benchmarks (scripts/bench)'

@@ -27,6 +27,14 @@ RECOMPUTE = -2
 """First entry of a selection row that is to be computed anew."""
 
 
+def replayed(chosen: torch.Tensor, given: torch.Tensor | None) -> torch.Tensor:
+    """Given block choices `[…, n]` in the place of chosen ones, except for rows that begin with RECOMPUTE; in `chosen`'s dtype."""
+    if given is None:
+        return chosen
+    given = given.to(chosen.dtype)
+    return torch.where(given[..., :1] == RECOMPUTE, chosen, given)
+
+
 @dataclass(frozen=True, slots=True)
 class BranchKV:
     """Keys `[T, Hkv, Dk]` and values `[T, Hkv, Dv]` of each branch; the same tensors three times where K/V are shared."""
@@ -171,8 +179,8 @@ def nsa_attention(
         selection: `[T, Hkv, n]` block numbers to use instead of choosing (−1 = none; a row that begins with −2 is
             chosen anew). Gradients never flow through the choice.
         scale: factor on q·k; default Dk^−½.
-        deterministic: bit-equal results from run to run and whatever else is in the batch. The torch backend is
-            deterministic from run to run always.
+        deterministic: bit-equal results from run to run. Every backend gives that always, so it changes nothing yet; it is
+            what to ask for once a faster kernel does not. (Equality whatever else is in the batch is not promised.)
     Returns:
         `[T, Hq, Dv]` in q's dtype; with `return_selection` also the selection, int16 (int32 above 32,767 blocks).
     Raises:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
-from nsa.attention import RECOMPUTE, BranchKV, CompressorWeights, KeyValue, LayerCache, Phi
+from nsa.attention import BranchKV, CompressorWeights, KeyValue, LayerCache, Phi, replayed
 from nsa.blocks import block_scores, num_blocks, num_compressed, select_blocks, selection_dtype, selection_mask, visible_compressed
 from nsa.config import SparsityConfig
 from nsa.packing import Packing, pad_all, unpad_all
@@ -119,14 +119,6 @@ def _window(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int, scal
     return out.unflatten(1, (heads, count)).permute(0, 1, 3, 2, 4, 5).flatten(3, 4)[:, :, :, :length]
 
 
-def _replayed(chosen: torch.Tensor, given: torch.Tensor | None) -> torch.Tensor:
-    """Given rows in the place of chosen ones, except where they begin with −2."""
-    if given is None:
-        return chosen
-    given = given.to(chosen.dtype)
-    return torch.where(given[..., :1] == RECOMPUTE, chosen, given)
-
-
 def _group_attention(
     q: torch.Tensor, kv: dict[str, KeyValue], gates: torch.Tensor, given: torch.Tensor | None, offsets: torch.Tensor, whole: bool, phi: Phi | None,
     config: SparsityConfig, scale: float,
@@ -154,7 +146,7 @@ def _group_attention(
         positions = offsets[:, None] + torch.arange(part.start, part.stop, device=q.device)
         out_cmp, scores = _compression(q[:, :, :, part], compressed, positions, count, config, scale)
         chosen = select_blocks(scores, positions[:, None], config)
-        chosen = _replayed(chosen, None if given is None else given[:, part].transpose(1, 2))
+        chosen = replayed(chosen, None if given is None else given[:, part].transpose(1, 2))
         end = length if not whole else part.stop
         causal = keys[:end] <= positions[:, None, :, None]
         selected = selection_mask(chosen, count).repeat_interleave(config.select_block_size, dim=-1)[..., :end] & causal
@@ -254,7 +246,7 @@ def paged_decode(
     visible = visible_compressed(positions, pages.shape[2], config)
     value = value.masked_fill(~visible.any(dim=1)[:, None, :, None], 0.0)
     out, scores = _compression(grouped, (key, value), positions, num_blocks(capacity, config), config, scale)
-    chosen = _replayed(select_blocks(scores, positions[:, None], config), None if selection is None else selection.transpose(1, 2))
+    chosen = replayed(select_blocks(scores, positions[:, None], config), None if selection is None else selection.transpose(1, 2))
 
     at = positions[:, :, None, None]
     block_tokens = chosen.transpose(1, 2)[..., None] * config.select_block_size + torch.arange(config.select_block_size, device=q.device)

@@ -14,7 +14,6 @@ Leaves out autograd (packed.py), the pooling that makes compressed tokens (compr
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,9 +22,9 @@ import triton
 import triton.language as tl
 
 from nsa.config import SparsityConfig
+from nsa.kernels.launch import LOG2_E, dot_precision, padded
 from nsa.kernels.tiles import KernelPlan
 
-LOG2_E = math.log2(math.e)
 MAX_CHUNKS = tl.constexpr(16)
 """At most this many partial sums of a key's gradient."""
 MIN_CHUNK = 1024
@@ -459,10 +458,10 @@ def rows_contiguous(x: torch.Tensor) -> torch.Tensor:
 
 def tile_settings(
     kernel: Literal["forward", "dq", "dkdv"], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, band: Band
-) -> tuple[dict[str, int | None], dict[str, int | str]]:
-    """Launch settings (num_warps, num_stages, maxnreg) and the constants that describe a kernel's tiles."""
+) -> tuple[dict[str, int], dict[str, int | str]]:
+    """Launch settings (num_warps, num_stages) and the constants that describe a kernel's tiles."""
     key_dim, value_dim, group = k.shape[2], v.shape[2], q.shape[1] // k.shape[1]
-    width_k, width_v = (max(16, triton.next_power_of_2(dim)) for dim in (key_dim, value_dim))
+    width_k, width_v = padded(key_dim), padded(value_dim)
     blocks = choose_blocks(kernel, max(width_k, width_v), q.dtype)
     rows = max(blocks.rows, triton.next_power_of_2(group))
     queries = rows // group
@@ -471,9 +470,8 @@ def tile_settings(
     if kernel != "dkdv":
         rest = band.config.window_size % blocks.keys + queries - 1
         narrow = band.kind == "window" and rest <= blocks.keys // 2
-        constants["BORDER"] = max(16, triton.next_power_of_2(rest)) if narrow else blocks.keys
-    exact = q.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32
-    constants["PRECISION"] = "ieee" if exact else "tf32"
+        constants["BORDER"] = padded(rest) if narrow else blocks.keys
+    constants["PRECISION"] = dot_precision()
     return {"num_warps": blocks.warps, "num_stages": blocks.stages}, constants
 
 

@@ -25,13 +25,15 @@ import torch
 import triton
 import triton.language as tl
 
+from nsa.attention import RECOMPUTE as RECOMPUTE_MARK
 from nsa.attention import LayerCache
 from nsa.blocks import num_blocks, selection_dtype
 from nsa.config import SparsityConfig
+from nsa.kernels.launch import LOG2_E, dot_precision, padded
 
 NOTHING = tl.constexpr(-1.0e6)
 """Stands for the logit (base 2) of what is not visible."""
-RECOMPUTE = tl.constexpr(-2)
+RECOMPUTE = tl.constexpr(RECOMPUTE_MARK)
 STATISTICS = tl.constexpr(32)
 """Leaves whose maxima and sums are read at once."""
 MIN_PROGRAMS = 512
@@ -58,11 +60,6 @@ class DecodeTiles:
     """Warps of a program of the compression kernel."""
     stages: int = 1
     """Pipeline stages of the loops over leaves."""
-
-
-def padded(size: int) -> int:
-    """The power of two a tile dimension of `size` takes, at least 16 (as `tl.dot` asks)."""
-    return max(16, triton.next_power_of_2(size))
 
 
 def decode_tiles(q: torch.Tensor, cache: LayerCache, capacity: int, config: SparsityConfig) -> DecodeTiles:
@@ -457,9 +454,8 @@ def paged_decode(
     given = used if selection is None else selection
     common = {"HEADS": heads, "GROUP": group, "NUM_NEW": num_new}
     dims = {"DK": key_dim, "DV": value_dim, "DK2": padded(key_dim), "DV2": padded(value_dim)}
-    exact = q.dtype != torch.float32 or not torch.backends.cuda.matmul.allow_tf32
-    precision = {"SCORES": scores, "PRECISION": "ieee" if exact else "tf32"}
-    base2 = scale * 1.4426950408889634
+    precision = {"SCORES": scores, "PRECISION": dot_precision()}
+    base2 = scale * LOG2_E
 
     compression_kernel[heads * num_parts, -(-num_new * group // tiles.rows), batch](
         q, cache.cmp, block_table, seq_lens, *cmp_partial, own_scores, next_scores, base2,

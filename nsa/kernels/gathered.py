@@ -25,7 +25,7 @@ import triton.language as tl
 
 from nsa.config import SparsityConfig
 from nsa.kernels.inverse import InverseIndex, Work, cut_lists, query_cuts
-from nsa.kernels.scoring import LOG2_E, dot_precision
+from nsa.kernels.launch import LOG2_E, dot_precision, padded
 from nsa.kernels.tiles import KernelPlan
 
 MIN_QUERIES = 4096
@@ -63,11 +63,6 @@ class GatherShapes:
     shared_blocks: bool = True
 
 
-def padded(size: int) -> int:
-    """The power of two >= 16 that holds `size`."""
-    return max(16, triton.next_power_of_2(size))
-
-
 def gather_shapes(dims: int, group: int, dtype: torch.dtype) -> GatherShapes:
     """The fixed table; `dims` = padded Dk + Dv."""
     if dtype == torch.float32:
@@ -87,6 +82,24 @@ def gathers(group: int, num_queries: int, block_bytes: int, dtype: torch.dtype, 
     )
 
 
+@triton.jit
+def load_block(
+    block, kv_head, k, v, k_row, k_head, v_row, v_head, block_sequence, block_ends, query_ends, key_ends,
+    KEY_DIM: tl.constexpr, KEY_PAD: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr, KEYS: tl.constexpr, SELECT: tl.constexpr,
+):  # fmt: skip
+    """A block's keys in their sequence, as packed rows, and which exist; what makes a packed query row a position; K, V."""
+    sequence = tl.load(block_sequence + block)
+    key_start, key_end = tl.load(key_ends + sequence), tl.load(key_ends + sequence + 1)
+    inner, key_dim, value_dim = tl.arange(0, KEYS), tl.arange(0, KEY_PAD), tl.arange(0, VALUE_PAD)
+    key = (block - tl.load(block_ends + sequence)) * SELECT + inner
+    exists = (inner < SELECT) & (key < key_end - key_start)
+    row = (key_start + key).to(tl.int64)
+    key_mask, value_mask = exists[:, None] & (key_dim < KEY_DIM)[None, :], exists[:, None] & (value_dim < VALUE_DIM)[None, :]
+    k_tile = tl.load(k + row[:, None] * k_row + kv_head * k_head + key_dim[None, :], mask=key_mask, other=0.0)
+    v_tile = tl.load(v + row[:, None] * v_row + kv_head * v_head + value_dim[None, :], mask=value_mask, other=0.0)
+    return key, row, exists, key_end - key_start - tl.load(query_ends + sequence + 1), k_tile, v_tile
+
+
 @triton.jit(do_not_specialize=["range_number", "first_head", "first_query", "num_rows"])
 def gathered_forward_kernel(
     q, k, v, partial, stats, queries, slots, blocks, firsts, sizes, block_sequence, block_ends, query_ends, key_ends,
@@ -103,17 +116,11 @@ def gathered_forward_kernel(
     block, size = tl.load(blocks + item), tl.load(sizes + item)
     if size <= 0:
         return
-    sequence = tl.load(block_sequence + block)
-    key_start, key_end = tl.load(key_ends + sequence), tl.load(key_ends + sequence + 1)
-    offset = key_end - key_start - tl.load(query_ends + sequence + 1)  # position = packed query row + offset
-    inner = tl.arange(0, KEYS)
-    key = (block - tl.load(block_ends + sequence)) * SELECT + inner
-    exists = (inner < SELECT) & (key < key_end - key_start)
-    key_row = (key_start + key).to(tl.int64)
+    key, _key_row, exists, offset, k_tile, v_tile = load_block(
+        block, kv_head, k, v, k_row, k_head, v_row, v_head, block_sequence, block_ends, query_ends, key_ends,
+        KEY_DIM, KEY_PAD, VALUE_DIM, VALUE_PAD, KEYS, SELECT,
+    )  # fmt: skip
     key_dim, value_dim = tl.arange(0, KEY_PAD), tl.arange(0, VALUE_PAD)
-    key_mask, value_mask = exists[:, None] & (key_dim < KEY_DIM)[None, :], exists[:, None] & (value_dim < VALUE_DIM)[None, :]
-    k_tile = tl.load(k + key_row[:, None] * k_row + kv_head * k_head + key_dim[None, :], mask=key_mask, other=0.0)
-    v_tile = tl.load(v + key_row[:, None] * v_row + kv_head * v_head + value_dim[None, :], mask=value_mask, other=0.0)
     first = tl.load(firsts + item)
     queries += first
     slots += first
@@ -260,17 +267,13 @@ def gathered_backward_kernel(
     block, size = tl.load(blocks + item), tl.load(sizes + item)
     if block < 0:
         return
-    sequence = tl.load(block_sequence + block)
-    key_start, key_end = tl.load(key_ends + sequence), tl.load(key_ends + sequence + 1)
-    offset = key_end - key_start - tl.load(query_ends + sequence + 1)  # position = packed query row + offset
-    inner = tl.arange(0, KEYS)
-    key = (block - tl.load(block_ends + sequence)) * SELECT + inner
-    exists = (inner < SELECT) & (key < key_end - key_start)
-    key_row = (key_start + key).to(tl.int64)
+    key, key_row, exists, offset, k_tile, v_tile = load_block(
+        block, kv_head, k, v, k_row, k_head, v_row, v_head, block_sequence, block_ends, query_ends, key_ends,
+        KEY_DIM, KEY_PAD, VALUE_DIM, VALUE_PAD, KEYS, SELECT,
+    )  # fmt: skip
     key_dim, value_dim = tl.arange(0, KEY_PAD), tl.arange(0, VALUE_PAD)
+    inner = tl.arange(0, KEYS)
     key_mask, value_mask = exists[:, None] & (key_dim < KEY_DIM)[None, :], exists[:, None] & (value_dim < VALUE_DIM)[None, :]
-    k_tile = tl.load(k + key_row[:, None] * k_row + kv_head * k_head + key_dim[None, :], mask=key_mask, other=0.0)
-    v_tile = tl.load(v + key_row[:, None] * v_row + kv_head * v_head + value_dim[None, :], mask=value_mask, other=0.0)
     first = tl.load(firsts + item)
     queries += first
     slots += first

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nsa.attention import BranchKV, Phi
+from nsa.attention import RECOMPUTE, BranchKV, Phi, replayed
 from nsa.blocks import selection_dtype
 from nsa.config import SparsityConfig
 from nsa.kernels.banded import Band, banded_backward, banded_forward
@@ -45,11 +45,6 @@ def _plan_of(query_ends: Tensor, key_ends: Tensor, settings: list[int], device: 
     return _plan(tuple(query_ends.tolist()), tuple(key_ends.tolist()), tuple(settings), device)
 
 
-def _replayed(chosen: Tensor, given: Tensor) -> Tensor:
-    """`given`, but for the rows that begin with −2: those as chosen here."""
-    return torch.where(given[..., :1] == -2, chosen, given.to(chosen.dtype))
-
-
 @torch.library.custom_op("nsa_grpo::sparse_attention", mutates_args=())
 def sparse_attention(
     q: Tensor, kc: Tensor, vc: Tensor, k_slc: Tensor, v_slc: Tensor, k_win: Tensor, v_win: Tensor, gates: Tensor, selection: Tensor | None,
@@ -69,8 +64,8 @@ def sparse_attention(
     out_cmp, lse_cmp = banded_forward(q, kc, vc, Band("compression", plan, config), gate=gate[0], accumulate=False, **common)
     if selection is None:
         chosen = choose_blocks(q, kc, lse_cmp, plan, config, scale=scale)
-    elif bool((selection[..., 0] == -2).any()):
-        chosen = _replayed(choose_blocks(q, kc, lse_cmp, plan, config, scale=scale), selection)
+    elif bool((selection[..., 0] == RECOMPUTE).any()):
+        chosen = replayed(choose_blocks(q, kc, lse_cmp, plan, config, scale=scale), selection)
     else:
         chosen = selection.to(torch.int32, copy=True)
     out_slc, lse_slc = selected_forward(q, k_slc, v_slc, chosen, plan, config, gate=gate[1], accumulate=True, **common)

@@ -22,9 +22,9 @@ import triton.language as tl
 
 from nsa.blocks import num_blocks
 from nsa.config import SparsityConfig
+from nsa.kernels.launch import LOG2_E, dot_precision, padded
 from nsa.kernels.tiles import KernelPlan
 
-LOG2_E = 1.4426950408889634
 SCRATCH_BYTES = 2**28
 """Scores of a chunk take about this much memory; more where a chunk would otherwise not fill the GPU."""
 MIN_PROGRAMS = 264
@@ -51,11 +51,6 @@ def score_tile(key_dim: int, group: int, dtype: torch.dtype) -> ScoreTile:
     if dtype == torch.float32:
         return ScoreTile(blocks=32, columns=max(64 if key_dim <= 128 else 32, group), num_warps=4, num_stages=1)
     return ScoreTile(blocks=64, columns=max(128, group), num_warps=4, num_stages=3 if key_dim <= 128 else 2)
-
-
-def dot_precision() -> str:
-    """fp32 products are exact unless the user allowed TF32."""
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
 @triton.jit
@@ -232,7 +227,7 @@ def choose_blocks(q: torch.Tensor, kc: torch.Tensor, lse: torch.Tensor, plan: Ke
     if not selection.numel():
         return selection
     some_left_out = num_blocks(plan.max_key_length, config) > n
-    group_pad, dim_pad = triton.next_power_of_2(group), max(16, triton.next_power_of_2(key_dim))
+    group_pad, dim_pad = triton.next_power_of_2(group), padded(key_dim)
     shape = score_tile(dim_pad, group_pad, q.dtype)
     queries = shape.columns // group_pad
     tiles = plan.query_tiles(queries)

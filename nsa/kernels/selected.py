@@ -17,9 +17,9 @@ import triton
 import triton.language as tl
 
 from nsa.config import SparsityConfig
-from nsa.kernels.gathered import gathered_backward, gathered_forward, gathers, padded
+from nsa.kernels.gathered import gathered_backward, gathered_forward, gathers
 from nsa.kernels.inverse import InverseIndex, invert_selection
-from nsa.kernels.scoring import LOG2_E, dot_precision
+from nsa.kernels.launch import LOG2_E, dot_precision, padded
 from nsa.kernels.tiles import KernelPlan
 
 QUERY_TILE = 64

@@ -6,7 +6,7 @@
 
 Layouts (query heads / KV heads / head dim): a 64/4/128, b 32/8/128, smollm2 9/3/64; the paper's l 32, d 16, l' 64, n 16, w 512.
 Dense: PyTorch's SDPA with the flash and the cuDNN backend, whichever runs. Times are CUDA events around single calls, the
-median of `--repeats` after a warm-up; inputs rotate, and decode steps are CUDA graphs replayed after the L2 cache was
+median of `--repeats` after a warm-up; decode steps are CUDA graphs replayed after the L2 cache was
 overwritten. The floor of a row is the larger of its FLOPs at the GEMM rate and its bytes at the copy rate measured here.
 Selection: `random` blocks (worst locality) or the kernels' own choice on keys that drift slowly along the sequence.
 """
@@ -73,7 +73,7 @@ class Rates:
 
 
 def time_ms(call: Callable[[int], object], *, repeats: int, warmup: int = 3) -> float:
-    """Median milliseconds of `call(i)`, which may rotate its inputs by i."""
+    """Median milliseconds of `call(i)`, i counting the calls."""
     for index in range(warmup):
         call(index)
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
