@@ -157,6 +157,16 @@ def test_gradient_does_not_depend_on_the_micro_batch_budget(loss, estimator):
         assert (gradient - gradients[0]).norm() <= 1e-6 * gradients[0].norm()
 
 
+def test_the_second_mini_batch_is_measured_against_the_policy_before_the_first():
+    model = tiny_model()
+    groups = make_groups(model)
+    metrics = Learner(make_config(algorithm={"mini_batches": 2, "mismatch_bound": None}), model=model).step(groups).metrics
+    assert metrics["learner/updates"] == 2
+    assert metrics["check/first_ratio_deviation"] == 0
+    assert metrics["ratio/max"] > 1, "the second mini-batch's old log-probs are those from before the first update"
+    assert metrics["mismatch/mean"] < 1e-6, "the sampler agrees with the policy from before the step in both"
+
+
 def test_further_epochs_and_mini_batches_start_from_ratio_one_and_then_leave_it():
     model = tiny_model()
     learner = Learner(make_config(algorithm={"inner_epochs": 2, "mini_batches": 2, "kl_coefficient": 0.1}), model=model)
