@@ -257,14 +257,14 @@ def gather_dq(
 
 @triton.jit
 def dq_kernel(
-    Q, K, V, DOut, Gate, Lse, Delta, DQ, Stats, Tiles, QueryEnds, TokenEnds, KeyEnds,
+    Q, K, V, DOut, Gate, Lse, Delta, DQ, Before, Stats, Tiles, QueryEnds, TokenEnds, KeyEnds,
     stride_q, stride_qh, stride_k, stride_kh, stride_v, stride_vh, stride_do, stride_doh, stride_g, stride_gh, stride_l, stride_lh,
-    stride_d, stride_dh, stride_dq, stride_dqh, stride_s, stats_size, score_scale, scale,
+    stride_d, stride_dh, stride_dq, stride_dqh, stride_b, stride_bh, stride_s, stats_size, score_scale, scale,
     DK: tl.constexpr, DV: tl.constexpr, WIDTH_K: tl.constexpr, WIDTH_V: tl.constexpr, GROUP: tl.constexpr,
     STRIDE: tl.constexpr, OFFSET: tl.constexpr, WINDOW: tl.constexpr,
-    ROWS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, BORDER: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, BORDER: tl.constexpr, ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq of one query tile of one KV head, added to DQ; writes the rows' statistics for `dkdv_kernel`.
+    """dq of one query tile of one KV head, Before added where ACCUMULATE; writes the rows' statistics for `dkdv_kernel`.
 
     The gate is folded into them: gate · p = exp2(score − shift) with shift = lse − log2(gate), and the gradient of a score
     is that times <d_out, v> − delta / gate. A gate that is not positive counts as 0, which gives gradients of 0.
@@ -311,8 +311,12 @@ def dq_kernel(
 
     dims = tl.arange(0, WIDTH_K)
     stored = valid[:, None] & (dims < DK)[None, :]
+    acc = acc * scale
+    if ACCUMULATE:
+        before = Before + row * stride_b + group * stride_bh + row_offsets(stride_b, stride_bh, GROUP, ROWS)[:, None] + dims[None, :]
+        acc += tl.load(before, mask=stored, other=0.0)
     d_q = DQ + row * stride_dq + group * stride_dqh + row_offsets(stride_dq, stride_dqh, GROUP, ROWS)[:, None] + dims[None, :]
-    tl.store(d_q, tl.load(d_q, mask=stored, other=0.0) + acc * scale, mask=stored)
+    tl.store(d_q, acc.to(DQ.dtype.element_ty), mask=stored)
 
 
 @triton.jit
@@ -508,14 +512,15 @@ def banded_forward(
 
 def banded_backward(
     d_out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lse: torch.Tensor, delta: torch.Tensor, gate: torch.Tensor, band: Band,
-    *, scale: float, dq: torch.Tensor,
+    *, scale: float, dq: torch.Tensor, dq_before: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Gradients of `banded_forward`; the branch's own output gradient is gate · d_out.
 
     Args:
         d_out: `[T, Hq, Dv]`, gradient of the gated sum of the branches, in q's dtype. lse: as returned by the forward.
         delta: fp32 `[T, Hq]`, gate · <d_out, o>. gate: `[T, Hq]`. scale: as in the forward.
-        dq: fp32 `[T, Hq, Dk]`, last dimension contiguous; this branch's part is added to it.
+        dq: `[T, Hq, Dk]` in any dtype, last dimension contiguous: becomes this branch's part, plus `dq_before` (fp32, the
+            same shape, last dimension contiguous; may be `dq` itself) where given.
     Returns:
         dk, dv in k's dtype and shapes; zero where no query sees a key.
     """
@@ -524,11 +529,12 @@ def banded_backward(
     stats = torch.empty(2, *q.shape[:2], dtype=torch.float32, device=q.device)
     launch, constants = tile_settings("dq", q, k, v, band)
     tiles = plan.query_tiles(int(constants["QUERIES"]))
+    before = dq if dq_before is None else dq_before
     if tiles.shape[0]:
         dq_kernel[(tiles.shape[0], num_heads)](
-            q, k, v, d_out, gate, lse, delta, dq, stats, tiles, *ends,
+            q, k, v, d_out, gate, lse, delta, dq, before, stats, tiles, *ends,
             *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *d_out.stride()[:2], *gate.stride(), *lse.stride(), *delta.stride(), *dq.stride()[:2],
-            stats.stride(1), stats.stride(0), scale * LOG2_E, scale, **constants, **launch,
+            *before.stride()[:2], stats.stride(1), stats.stride(0), scale * LOG2_E, scale, ACCUMULATE=dq_before is not None, **constants, **launch,
         )  # fmt: skip
     d_key, d_value = torch.empty(k.shape, dtype=k.dtype, device=k.device), torch.empty(v.shape, dtype=v.dtype, device=v.device)
     launch, constants = tile_settings("dkdv", q, k, v, band)

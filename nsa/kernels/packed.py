@@ -98,9 +98,10 @@ def sparse_attention_backward(
     d_gates, delta = gate_backward(d_out, gates, (out_cmp, out_slc, out_win))
     gate, deltas = gates.unbind(-1), delta.unbind(-1)
     dq = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
-    dkc, dvc = banded_backward(d_out, q, kc, vc, lse_cmp, deltas[0], gate[0], Band("compression", plan, config), scale=scale, dq=dq)
-    dk_slc, dv_slc = selected_backward(d_out, q, k_slc, v_slc, chosen, lse_slc, deltas[1], gate[1], plan, config, scale=scale, dq=dq)
-    dk_win, dv_win = banded_backward(d_out, q, k_win, v_win, lse_win, deltas[2], gate[2], Band("window", plan, config), scale=scale, dq=dq)
+    dkc, dvc = banded_backward(d_out, q, kc, vc, lse_cmp, deltas[0], gate[0], Band("compression", plan, config), scale=scale, dq=dq, dq_before=dq)
+    dk_slc, dv_slc = selected_backward(d_out, q, k_slc, v_slc, chosen, lse_slc, deltas[1], gate[1], plan, config, scale=scale, dq=dq, dq_before=dq)
+    window = Band("window", plan, config)
+    dk_win, dv_win = banded_backward(d_out, q, k_win, v_win, lse_win, deltas[2], gate[2], window, scale=scale, dq=dq, dq_before=dq)
     return [dq.to(q.dtype, copy=True), dkc, dvc, dk_slc, dv_slc, dk_win, dv_win, d_gates]
 
 

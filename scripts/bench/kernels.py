@@ -269,14 +269,14 @@ def branch_rows(layout: str, length: int, problem: Problem, kind: str, repeats: 
             yield row("score and top-n", lambda _: choose_blocks(q, kc, lse_cmp, plan, CONFIG, scale=scale), "cmp", 2)
             yield row("window forward", lambda _: banded_forward(q, k_win, v_win, window, gate=gate[2], **keep), "win", 4)
             yield row("gates backward", lambda _: gate_backward(d_out, gates, outs))
-            back = {"scale": scale, "dq": dq}
+            back = {"scale": scale, "dq": dq, "dq_before": dq}
             yield row("compression backward", lambda _: banded_backward(d_out, q, kc, vc, lse_cmp, deltas[0], gate[0], compressed, **back), "cmp", 10)
             yield row("window backward", lambda _: banded_backward(d_out, q, k_win, v_win, lse_win, deltas[2], gate[2], window, **back), "win", 10)
         yield row(f"selected forward, {kind}", lambda _: selected_forward(q, k_slc, v_slc, chosen, plan, CONFIG, gate=gate[1], **keep), "slc", 4)
         yield row(f"inverse index, {kind}", lambda _: invert_selection(chosen, plan, CONFIG))
         yield row(
             f"selected backward, {kind}",
-            lambda _: selected_backward(d_out, q, k_slc, v_slc, chosen, lse_slc, deltas[1], gate[1], plan, CONFIG, scale=scale, dq=dq),
+            lambda _: selected_backward(d_out, q, k_slc, v_slc, chosen, lse_slc, deltas[1], gate[1], plan, CONFIG, scale=scale, dq=dq, dq_before=dq),
             "slc",
             10,
         )

@@ -91,7 +91,7 @@ def check(kind, config, key_lengths, query_lengths, heads, group, key_dim, value
     delta = torch.rand(*q.shape[:2], 3, dtype=torch.float32, device=DEVICE)
     delta[..., 1] = gate.float() * (d_out.float() * want_branch.detach().float().to(DEVICE)).sum(-1)
     dq = torch.ones(q.shape, dtype=torch.float32, device=DEVICE)
-    dk, dv = banded_backward(d_out, q, k, v, lse, delta[..., 1], gate, band, scale=scale, dq=dq)
+    dk, dv = banded_backward(d_out, q, k, v, lse, delta[..., 1], gate, band, scale=scale, dq=dq, dq_before=dq)
     assert dk.dtype == dv.dtype == dtype
     for got, expected in zip((dq, dk, dv), (grads[0] + 1.0, *grads[1:]), strict=True):
         assert relative_rms(got, expected) <= bound
@@ -155,7 +155,7 @@ def test_nan_outside_the_sequence_does_not_reach_it(kind):
         out = torch.full((*arguments[0].shape[:2], 16), torch.nan, device=DEVICE)
         branch, lse = banded_forward(*arguments, one, scale=0.25, gate=gates[part][..., 0], out=out, accumulate=False, keep=True)
         delta = gates[part][..., 0] * (d_out[part] * branch).sum(-1)
-        dq = torch.zeros_like(arguments[0])
+        dq = torch.full_like(arguments[0], torch.nan)
         dk, dv = banded_backward(d_out[part], *arguments, lse, delta, gates[part][..., 0], one, scale=0.25, dq=dq)
         results.append([out[rows], lse[rows], dq[rows], dk[cols], dv[cols]])
     for got, expected in zip(*results, strict=True):
@@ -175,13 +175,31 @@ def test_strided_inputs_and_an_unkept_branch():
     assert torch.equal(*outs)
 
 
+def test_dq_goes_to_a_tensor_of_its_own_dtype():
+    """The branch's part alone, in fp32 and in q's dtype, and with what other branches gave before."""
+    band = Band("window", make_plan([40], [40], SMALL), SMALL)
+    q, k, v, gates, d_out = (x.to(DEVICE) for x in draw(band, [40], [40], 2, 2, 16, 16, torch.float16))
+    before = torch.randn(q.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    _, lse = banded_forward(q, k, v, band, scale=0.25, gate=gates[..., 0], out=torch.empty_like(q), accumulate=False, keep=False)
+
+    def gradient(dtype, dq_before):
+        dq = torch.full(q.shape, torch.nan, dtype=dtype, device=DEVICE)
+        banded_backward(d_out, q, k, v, lse, lse, gates[..., 0], band, scale=0.25, dq=dq, dq_before=dq_before)
+        return dq
+
+    alone = gradient(torch.float32, None)
+    assert torch.equal(gradient(torch.float16, None), alone.half())
+    assert torch.equal(gradient(torch.float32, before), alone + before)
+    assert torch.equal(gradient(torch.float16, before), (alone + before).half())
+
+
 def test_no_rows():
     band = Band("compression", make_plan([3], [3], SMALL), SMALL)
     q, k, v, gates, d_out = (x.to(DEVICE) for x in draw(band, [3], [3], 1, 2, 16, 16, torch.float32))
     out = torch.full_like(q, torch.nan)
     _, lse = banded_forward(q, k, v, band, scale=0.25, gate=gates[..., 0], out=out, accumulate=False, keep=True)
     assert (out == 0).all() and (lse == -torch.inf).all()
-    dq = torch.zeros_like(q)
+    dq = torch.full_like(q, torch.nan)
     dk, dv = banded_backward(d_out, q, k, v, lse, torch.zeros_like(lse), gates[..., 0], band, scale=0.25, dq=dq)
     assert dk.shape == dv.shape == (0, 1, 16) and (dq == 0).all()
 
@@ -205,6 +223,6 @@ def test_runs_are_bit_equal_on_the_gpu():
         for _ in range(2):
             out = torch.empty_like(q)
             branch, lse = banded_forward(q, k, v, band, scale=0.1, gate=gates[..., 0], out=out, accumulate=False, keep=True)
-            dq = torch.zeros(q.shape, device=DEVICE)
+            dq = torch.empty(q.shape, device=DEVICE)
             results.append((out, branch, lse, dq, *banded_backward(d_out, q, k, v, lse, lse, gates[..., 0], band, scale=0.1, dq=dq)))
         assert all(itertools.starmap(torch.equal, zip(*results, strict=True)))
