@@ -5,6 +5,9 @@ added up afterwards. A sequence with C compressed tokens has C + l/d − 1 chunk
 compressed_ends[s] + s·(l/d − 1), so that no table is needed (rows of sequences without compressed tokens hold zeros).
 Triton kernels move, pool and activate; the matrix products are cuBLAS'. Gathers only, no atomics.
 
+cuBLAS chooses how to add up by the number of rows of the whole batch, so with `deterministic` a kernel of fixed tiles takes
+the products that go row by row. Gradients of weights are sums over the batch and stay with cuBLAS: the same bits from run to run.
+
 Shapes: Tk tokens, H KV heads, C compressed tokens, R chunks, D head dim, F hidden size, ratio = l / d.
 """
 
@@ -19,16 +22,18 @@ import triton.language as tl
 
 from nsa.attention import CompressorWeights
 from nsa.config import SparsityConfig
+from nsa.kernels.launch import dot_precision, padded
 from nsa.kernels.tiles import KernelPlan
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Where chunks and compressed tokens of the packed sequences lie."""
+    """Where chunks and compressed tokens of the packed sequences lie, and whether a row's products may depend on other rows."""
 
     plan: KernelPlan
     block: int
     stride: int
+    deterministic: bool
 
     @property
     def ratio(self) -> int:
@@ -56,7 +61,7 @@ def owner(rows, Ends, num_sequences, EXTRA: tl.constexpr):
     return low
 
 
-@triton.jit(do_not_specialize=["num_sequences"])
+@triton.jit(do_not_specialize=["num_sequences", "num_rows"])
 def pool_kernel(
     X, Out, TokenEnds, CompressedEnds, num_sequences, num_rows, stride_x, stride_xh, stride_o, stride_oh,
     DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr, ROWS: tl.constexpr,
@@ -75,7 +80,7 @@ def pool_kernel(
     tl.store(out, (acc / BLOCK).to(Out.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["num_sequences"])
+@triton.jit(do_not_specialize=["num_sequences", "num_chunks"])
 def pack_kernel(
     X, Packed, TokenEnds, CompressedEnds, num_sequences, num_chunks, num_heads, stride_x, stride_xh,
     DIM: tl.constexpr, WIDTH: tl.constexpr, STRIDE: tl.constexpr, RATIO: tl.constexpr, ROWS: tl.constexpr,
@@ -94,7 +99,7 @@ def pack_kernel(
     tl.store(Packed + at[:, None] * DIM + dims[None, :], tile, mask=inside)
 
 
-@triton.jit(do_not_specialize=["num_sequences"])
+@triton.jit(do_not_specialize=["num_sequences", "num_rows"])
 def activate_kernel(
     Parts, Bias, Hidden, Active, CompressedEnds, num_sequences, num_rows, num_heads,
     SIZE: tl.constexpr, RATIO: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -115,7 +120,7 @@ def activate_kernel(
     tl.store(Active + at, (hidden * tl.sigmoid(hidden)).to(Active.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["num_sequences"])
+@triton.jit(do_not_specialize=["num_sequences", "num_rows"])
 def activate_backward_kernel(
     DActive, Hidden, DParts, CompressedEnds, num_sequences, num_rows, num_heads,
     SIZE: tl.constexpr, RATIO: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -139,7 +144,7 @@ def activate_backward_kernel(
     tl.store(out, d_hidden.to(DParts.dtype.element_ty), mask=inside[:, None] & (columns < SIZE)[None, :])
 
 
-@triton.jit(do_not_specialize=["num_sequences"])
+@triton.jit(do_not_specialize=["num_sequences", "num_tokens"])
 def scatter_kernel(
     DOut, DPacked, DX, TokenEnds, CompressedEnds, num_sequences, num_tokens, num_heads, stride_do, stride_doh, stride_dx, stride_dxh,
     DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr, RATIO: tl.constexpr, ROWS: tl.constexpr, MLP: tl.constexpr,
@@ -164,6 +169,48 @@ def scatter_kernel(
         acc += tl.load(DPacked + at[:, None] * DIM + dims[None, :], mask=inside & used[:, None], other=0.0).to(tl.float32)
     out = DX + (tl.cast(rows, tl.int64) * stride_dx + head * stride_dxh)[:, None] + dims[None, :]
     tl.store(out, acc.to(DX.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def product_kernel(
+    Left, Right, Added, Out, num_rows, stride_rk, stride_rn,
+    DEPTH: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, ADD: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Out `[M, WIDTH]` = Left `[M, DEPTH]` @ Right (+ Added), summed over the depth in steps of STEP: a row's bits depend on no other row."""
+    num_columns: tl.constexpr = tl.cdiv(WIDTH, COLUMNS)
+    rows = tl.program_id(0) // num_columns * ROWS + tl.arange(0, ROWS)
+    columns = tl.program_id(0) % num_columns * COLUMNS + tl.arange(0, COLUMNS)
+    depth = tl.arange(0, STEP)
+    some_rows, some_columns = (rows < num_rows)[:, None], (columns < WIDTH)[None, :]
+    left = Left + tl.cast(rows, tl.int64)[:, None] * DEPTH + depth[None, :]
+    right = Right + depth[:, None] * stride_rk + columns[None, :] * stride_rn
+    acc = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for first in range(0, DEPTH, STEP):
+        inside = first + depth < DEPTH
+        a = tl.load(left + first, mask=some_rows & inside[None, :], other=0.0)
+        b = tl.load(right + first * stride_rk, mask=inside[:, None] & some_columns, other=0.0)
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    at, mask = tl.cast(rows, tl.int64)[:, None] * WIDTH + columns[None, :], some_rows & some_columns
+    if ADD:
+        acc += tl.load(Added + at, mask=mask, other=0.0).to(tl.float32)
+    tl.store(Out + at, acc.to(Out.dtype.element_ty), mask=mask)
+
+
+def row_product(left: torch.Tensor, right: torch.Tensor, added: torch.Tensor | None, layout: Layout) -> torch.Tensor:
+    """`[M, N]` = left `[M, K]`, contiguous, @ right `[K, N]` (+ added `[M, N]`, contiguous)."""
+    if not layout.deterministic:
+        return left @ right if added is None else torch.addmm(added, left, right)
+    (num_rows, depth), width = left.shape, right.shape[1]
+    out = torch.empty(num_rows, width, dtype=left.dtype, device=left.device)
+    exact = left.dtype == torch.float32
+    rows, columns, step = 64 if exact else 128, min(64 if exact else 128, padded(width)), min(32 if exact else 64, padded(depth))
+    product_kernel[(triton.cdiv(num_rows, rows) * triton.cdiv(width, columns),)](
+        left, right, left if added is None else added, out, num_rows, *right.stride(),
+        DEPTH=depth, WIDTH=width, ROWS=rows, COLUMNS=columns, STEP=step, ADD=added is not None, PRECISION=dot_precision(),
+        num_warps=4 if exact else 8, num_stages=2 if exact else 3,
+    )  # fmt: skip
+    return out
 
 
 def tile_rows(width: int) -> int:
@@ -234,7 +281,7 @@ class Mlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, up: torch.Tensor, bias: torch.Tensor, down: torch.Tensor, layout: Layout) -> torch.Tensor:
         heads, size, rows = x.shape[1], bias.shape[0], layout.plan.num_compressed * x.shape[1]
-        parts = pack(x, layout) @ up.T
+        parts = row_product(pack(x, layout), up.T, None, layout)
         hidden = torch.empty(rows, size, dtype=torch.float32, device=x.device)
         active = torch.empty(rows, size, dtype=x.dtype, device=x.device)
         columns = min(128, triton.next_power_of_2(size))
@@ -244,7 +291,7 @@ class Mlp(torch.autograd.Function):
         )  # fmt: skip
         ctx.save_for_backward(x, up, down, hidden)
         ctx.layout = layout
-        return torch.addmm(pool(x, layout).flatten(0, 1), active, down.T).unflatten(0, (-1, heads))
+        return row_product(active, down.T, pool(x, layout).flatten(0, 1), layout).unflatten(0, (-1, heads))
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -256,22 +303,26 @@ class Mlp(torch.autograd.Function):
         d_parts = torch.empty(layout.num_chunks * heads, layout.ratio, size, dtype=x.dtype, device=x.device)
         rows, columns = d_parts.shape[0] * layout.ratio, min(128, triton.next_power_of_2(size))
         activate_backward_kernel[(triton.cdiv(rows, 32), triton.cdiv(size, columns))](
-            d_rows @ down, hidden, d_parts, layout.plan.compressed_ends, layout.plan.num_sequences, rows, heads,
+            row_product(d_rows, down, None, layout), hidden, d_parts, layout.plan.compressed_ends, layout.plan.num_sequences, rows, heads,
             SIZE=size, RATIO=layout.ratio, ROWS=32, COLUMNS=columns,
         )  # fmt: skip
         d_bias = d_parts[:, 0].sum(dim=0, dtype=torch.float32).to(x.dtype)
         flat = d_parts.flatten(1)
         d_up = flat.T @ pack(x, layout)
-        d_x = scatter(d_out, flat @ up, x.shape[0], layout) if ctx.needs_input_grad[0] else None
+        d_x = scatter(d_out, row_product(flat, up, None, layout), x.shape[0], layout) if ctx.needs_input_grad[0] else None
         return d_x, d_up, d_bias, d_down, None
 
 
-def compress(x: torch.Tensor, weights: CompressorWeights | None, plan: KernelPlan, config: SparsityConfig) -> torch.Tensor:
+def compress(
+    x: torch.Tensor, weights: CompressorWeights | None, plan: KernelPlan, config: SparsityConfig, *, deterministic: bool = False
+) -> torch.Tensor:  # fmt: skip
     """Compressed tokens of packed sequences, differentiable.
 
     Args:
         x: `[Tk, H, D]`, keys or values of the compression branch. weights: φ's tensors, any floating dtype (used in x's);
             None for the mean.
+        deterministic: a sequence's output and its part of x's gradient have the same bits whatever else is packed, and all
+            gradients the same bits from run to run.
     Returns:
         `[C, H, D]` in x's dtype, the sequences' complete blocks one after the other.
     """
@@ -279,7 +330,7 @@ def compress(x: torch.Tensor, weights: CompressorWeights | None, plan: KernelPla
         x = x.contiguous()
     if not plan.num_compressed:
         return x[:0] + sum((tensor.sum() * 0 for tensor in (weights.position, weights.up, weights.down)), start=0) if weights else x[:0]
-    layout = Layout(plan, config.compress_block_size, config.compress_stride)
+    layout = Layout(plan, config.compress_block_size, config.compress_stride, deterministic)
     if weights is None:
         return Mean.apply(x, layout)
     up, size = weights.up.to(x.dtype), weights.up.shape[0]

@@ -40,12 +40,13 @@ def draw(lengths, heads, dim, hidden, config, dtype):
     )
 
 
-def check(lengths, heads, dim, hidden, config, dtype, bound):
+def check(lengths, heads, dim, hidden, config, dtype, bound, *, deterministic=False):
     x, weights, d_out = draw(lengths, heads, dim, hidden, config, dtype)
     exact = [tensor.clone().requires_grad_() for tensor in (x, *weights)]
     want = torch.cat([oracle(part, CompressorWeights(*exact[1:]) if weights else None, config) for part in exact[0].split(lengths)])
     leaves = [tensor.to(DEVICE, dtype).requires_grad_() for tensor in (x, *weights)]
-    got = compress(leaves[0], CompressorWeights(*leaves[1:]) if weights else None, make_plan(lengths, config), config)
+    phi = CompressorWeights(*leaves[1:]) if weights else None
+    got = compress(leaves[0], phi, make_plan(lengths, config), config, deterministic=deterministic)
     assert got.dtype == dtype
     assert relative_rms(got, want) <= bound
     grads = torch.autograd.grad(got, leaves, d_out.to(DEVICE, dtype))
@@ -97,6 +98,52 @@ def test_tokens_outside_complete_blocks_do_not_matter(compressor):
     for clean, poisoned in zip(*results, strict=True):
         assert torch.equal(clean, poisoned)
     assert (results[0][1][unused] == 0).all()
+
+
+def check_bits(lengths, neighbours, heads, dim, hidden, config, dtype):
+    """Deterministic φ of `lengths` alone and between `neighbours`: equal bits, also of x's gradient; all gradients equal in a second run."""
+    before, after = neighbours
+    packed = [*before, *lengths, *after]
+    x, weights, d_out = draw(packed, heads, dim, hidden, config, dtype)
+    weights = [tensor.to(DEVICE, dtype) for tensor in weights]
+    first, last = make_plan(before, config), make_plan([*before, *lengths], config)
+
+    def run(lengths, x, d_out):
+        leaves = [tensor.to(DEVICE, dtype).requires_grad_() for tensor in (x, *weights)]
+        out = compress(leaves[0], CompressorWeights(*leaves[1:]) if weights else None, make_plan(lengths, config), config, deterministic=True)
+        return [out, *torch.autograd.grad(out, leaves, d_out.to(DEVICE, dtype))]
+
+    whole = run(packed, x, d_out)
+    tokens, rows = slice(first.num_keys, last.num_keys), slice(first.num_compressed, last.num_compressed)
+    alone = run(lengths, x[tokens], d_out[rows])
+    assert torch.equal(alone[0], whole[0][rows])
+    assert torch.equal(alone[1], whole[1][tokens])
+    for once, again in zip(whole, run(packed, x, d_out), strict=True):
+        assert torch.equal(once, again)
+
+
+@pytest.mark.parametrize("compressor", ["mean", "mlp"])
+def test_deterministic_bits_do_not_depend_on_neighbours(compressor):
+    check_bits([63], ([11, 3, 40], [50]), 2, 16, 24, make_config(8, 4, compressor), torch.float32)
+    check_bits([9], ([130], []), 3, 24, 40, make_config(8, 4, compressor), torch.float16)
+
+
+@pytest.mark.parametrize(("dim", "hidden", "dtype", "bound"), [(24, 40, torch.float32, 1e-5), (16, 200, torch.float16, 3e-3)])
+def test_deterministic_matches_the_oracle(dim, hidden, dtype, bound):
+    check([63, 3, 40], 2, dim, hidden, make_config(12, 4, "mlp"), dtype, bound, deterministic=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lengths", [[5000], [33], [70]])
+def test_deterministic_bits_on_the_gpu(lengths):
+    check_bits(lengths, ([31, 4000, 700], [900]), 4, 128, 256, SparsityConfig(compressor="mlp"), torch.bfloat16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_deterministic_on_the_gpu(dtype):
+    bound = 1e-2 if dtype == torch.bfloat16 else 1e-5
+    check([5000, 31, 32, 700], 4, 128, 256, SparsityConfig(compressor="mlp"), dtype, bound, deterministic=True)
 
 
 @pytest.mark.gpu
