@@ -75,11 +75,11 @@ def gather_shapes(dims: int, group: int, dtype: torch.dtype) -> GatherShapes:
     return GatherShapes(forward=forward, merge=merge, backward=backward, add_dq=add_dq, forward_part=1024, backward_part=8192)
 
 
-def gathers(group: int, num_queries: int, block_bytes: int, dtype: torch.dtype, *, backward: bool) -> bool:
-    """Whether to go block by block: the fixed rule on group size, packed queries, bytes of a block's K and V, and dtype."""
-    return (
-        group <= (MAX_GROUP if backward else MAX_FORWARD_GROUP) and num_queries >= MIN_QUERIES and block_bytes <= MAX_BLOCK_BYTES and dtype in DTYPES
-    )
+def gathers(group: int, num_queries: int | None, block_bytes: int, dtype: torch.dtype, *, backward: bool) -> bool:
+    """Whether to go block by block: the fixed rule on group size, packed queries (None: whatever their number), bytes of a
+    block's K and V, and dtype."""
+    many = num_queries is None or num_queries >= MIN_QUERIES
+    return group <= (MAX_GROUP if backward else MAX_FORWARD_GROUP) and many and block_bytes <= MAX_BLOCK_BYTES and dtype in DTYPES
 
 
 @triton.jit
@@ -366,11 +366,11 @@ def add_segments_kernel(
 
 @triton.jit(do_not_specialize=["first_head", "first_query", "num_rows"])
 def add_dq_kernel(
-    partial, selection, dq, dq_row, dq_head, num_kv_heads, first_head, first_query, num_rows, scale,
+    partial, selection, dq, dq_before, dq_row, dq_head, before_row, before_head, num_kv_heads, first_head, first_query, num_rows, scale,
     GROUP: tl.constexpr, KEY_DIM: tl.constexpr, KEY_PAD: tl.constexpr, ROWS: tl.constexpr, CHOSEN: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, BEFORE: tl.constexpr,
 ):  # fmt: skip
-    """dq += scale · the sum of the parts, slot by slot."""
+    """dq = dq_before (with BEFORE) + scale · the sum of the parts, slot by slot."""
     TILE: tl.constexpr = ROWS // GROUP
     kv_head = first_head + tl.program_id(1)
     lane = tl.arange(0, ROWS)
@@ -384,9 +384,11 @@ def add_dq_kernel(
         there = tl.load(selection + (row * num_kv_heads + kv_head) * CHOSEN + number, mask=valid, other=-1) >= 0
         source = partial + (place + number * GROUP)[:, None] * KEY_DIM + dim[None, :]
         acc += tl.load(source, mask=there[:, None] & (dim < KEY_DIM)[None, :], other=0.0, eviction_policy="evict_first").to(tl.float32)
-    target = dq + (row * dq_row + (kv_head * GROUP + lane % GROUP) * dq_head)[:, None] + dim[None, :]
-    mask = valid[:, None] & (dim < KEY_DIM)[None, :]
-    tl.store(target, tl.load(target, mask=mask, other=0.0) + acc * scale, mask=mask)
+    mask, head = valid[:, None] & (dim < KEY_DIM)[None, :], kv_head * GROUP + lane % GROUP
+    acc *= scale
+    if BEFORE:
+        acc += tl.load(dq_before + (row * before_row + head * before_head)[:, None] + dim[None, :], mask=mask, other=0.0)
+    tl.store(dq + (row * dq_row + head * dq_head)[:, None] + dim[None, :], acc, mask=mask)
 
 
 def widths(key_dim: int, value_dim: int) -> dict[str, int]:
@@ -466,6 +468,7 @@ def gathered_backward(
     *,
     scale: float,
     dq: torch.Tensor,
+    dq_before: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`selected_backward` block by block."""
     num_heads, key_dim, num_kv_heads, value_dim = q.shape[1], q.shape[2], k.shape[1], v.shape[2]
@@ -484,7 +487,7 @@ def gathered_backward(
     dk, dv = scratch(*k.shape, dtype=k.dtype), scratch(*v.shape, dtype=k.dtype)
     totals = (scratch(heads, k.shape[0], key_dim), scratch(heads, k.shape[0], value_dim)) if last else (dk, dv)
     strides = (*d_out.stride()[:2], *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *delta_b.stride(), *gate.stride())
-    dims, keys = widths(key_dim, value_dim), min(padded(size), 32)
+    dims, keys, before = widths(key_dim, value_dim), min(padded(size), 32), dq if dq_before is None else dq_before
     (rows, num_warps, num_stages), (dq_rows, dq_warps, dq_stages) = shapes.backward, shapes.add_dq
     works = list(cut_lists(index, device_cuts, plan, size, part, most * n, init=0, local=-1, keep_empty=True))
     for work, number, place, first_head, taken, first, count in launches(cuts, works, num_kv_heads, heads):
@@ -500,7 +503,7 @@ def gathered_backward(
             *sums, *ends, **dims, KEYS=keys, SELECT=size, num_warps=4,
         )  # fmt: skip
         add_dq_kernel[(triton.cdiv(count, dq_rows // group), taken)](
-            partial, selection, dq, *dq.stride()[:2], num_kv_heads, first_head, first, count, scale, GROUP=group, KEY_DIM=key_dim,
-            KEY_PAD=padded(key_dim), ROWS=dq_rows, CHOSEN=n, STAGES=dq_stages, num_warps=dq_warps,
+            partial, selection, dq, before, *dq.stride()[:2], *before.stride()[:2], num_kv_heads, first_head, first, count, scale, GROUP=group,
+            KEY_DIM=key_dim, KEY_PAD=padded(key_dim), ROWS=dq_rows, CHOSEN=n, STAGES=dq_stages, BEFORE=dq_before is not None, num_warps=dq_warps,
         )  # fmt: skip
     return dk, dv

@@ -122,13 +122,14 @@ def selected_forward_kernel(
 
 @triton.jit
 def selected_dq_kernel(
-    d_out, q, k, v, selection, lse, delta, gate, dq, tiles, query_ends, key_ends,
+    d_out, q, k, v, selection, lse, delta, gate, dq, dq_before, tiles, query_ends, key_ends,
     d_out_row, d_out_head, q_row, q_head, k_row, k_head, v_row, v_head, delta_row, delta_head, gate_row, gate_head, dq_row, dq_head,
-    scale, scale_log2,
+    before_row, before_head, scale, scale_log2,
     GROUP: tl.constexpr, KEY_DIM: tl.constexpr, KEY_PAD: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr, ROWS: tl.constexpr,
-    KEYS: tl.constexpr, SELECT: tl.constexpr, CHOSEN: tl.constexpr, CHOSEN_PAD: tl.constexpr, QUERIES: tl.constexpr, PRECISION: tl.constexpr,
+    KEYS: tl.constexpr, SELECT: tl.constexpr, CHOSEN: tl.constexpr, CHOSEN_PAD: tl.constexpr, QUERIES: tl.constexpr, BEFORE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq += scale · dS K, for the group's heads of one query."""
+    """dq = dq_before (with BEFORE) + scale · dS K, for the group's heads of one query."""
     kv_head, num_kv_heads = tl.program_id(1), tl.num_programs(1)
     row, position, key_start = locate_query(tiles, query_ends, key_ends, QUERIES)
     if position < 0:
@@ -162,8 +163,10 @@ def selected_dq_kernel(
         dp = tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION)
         ds = p * (dp * gates[:, None] - deltas[:, None])
         acc += tl.dot(ds.to(k_tile.dtype), k_tile, input_precision=PRECISION)
-    target = dq + row * dq_row + head[:, None] * dq_head + key_dim[None, :]
-    tl.store(target, tl.load(target, mask=key_mask, other=0.0) + acc * scale, mask=key_mask)
+    acc *= scale
+    if BEFORE:
+        acc += tl.load(dq_before + row * before_row + head[:, None] * before_head + key_dim[None, :], mask=key_mask, other=0.0)
+    tl.store(dq + row * dq_row + head[:, None] * dq_head + key_dim[None, :], acc, mask=key_mask)
 
 
 @triton.jit
@@ -271,6 +274,7 @@ def selected_forward(
     accumulate: bool,
     keep: bool,
     inverse: InverseIndex | None = None,
+    deterministic: bool = False,
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
     """The selection branch: out (+)= gate · softmax(scale · q·k) v over the tokens of each query's blocks.
 
@@ -280,6 +284,7 @@ def selected_forward(
         gate: `[T, Hq]`. out: `[T, Hq, Dv]`, written, or added to with `accumulate`.
         keep: return the branch's own output too (training).
         inverse: `invert_selection(selection, …)` where the caller has it.
+        deterministic: choose the kernel by shapes alone, so that a sequence's results do not depend on the batch's size.
     Returns:
         branch output `[T, Hq, Dv]` in q's dtype or None; LSE fp32 `[T, Hq]`, natural log, -inf where nothing is seen.
     """
@@ -290,7 +295,8 @@ def selected_forward(
     if not lse.numel():
         return branch_out, lse
     dims = padded(key_dim) + padded(value_dim)
-    if gathers(group, q.shape[0], padded(size) * dims * q.element_size(), q.dtype, backward=False):
+    queries = None if deterministic else q.shape[0]
+    if gathers(group, queries, padded(size) * dims * q.element_size(), q.dtype, backward=False):
         index = invert_selection(selection, plan, config) if inverse is None else inverse
         gathered_forward(
             q, k, v, selection, index, plan, config, scale=scale, gate=gate, out=out, branch_out=branch_out, lse=lse, accumulate=accumulate
@@ -322,15 +328,17 @@ def selected_backward(
     *,
     scale: float,
     dq: torch.Tensor,
+    dq_before: torch.Tensor | None = None,
     inverse: InverseIndex | None = None,
+    deterministic: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of `selected_forward`.
 
     Args:
         d_out: gradient of the summed output, `[T, Hq, Dv]` in q's dtype (the branch's own is gate · d_out).
         lse: as `selected_forward` returned it. delta_b: fp32 `[T, Hq]`, gate · <d_out, branch output>. gate: `[T, Hq]`.
-        dq: fp32 `[T, Hq, Dk]`, added to.
-        inverse: `invert_selection(selection, …)` where the caller has it.
+        dq: `[T, Hq, Dk]`, written: dq_before (fp32 `[T, Hq, Dk]`, may be the same tensor; None: 0) + this branch's gradient.
+        inverse, deterministic: as in `selected_forward`.
     Returns:
         dk `[Tk, Hkv, Dk]`, dv `[Tk, Hkv, Dv]` in k's dtype; zero for keys nobody chose.
     """
@@ -340,19 +348,20 @@ def selected_backward(
         return torch.zeros_like(k, memory_format=torch.contiguous_format), torch.zeros_like(v, memory_format=torch.contiguous_format)
     dims = padded(key_dim) + padded(value_dim)
     index = invert_selection(selection, plan, config) if inverse is None else inverse
-    if gathers(group, q.shape[0], padded(size) * dims * q.element_size(), q.dtype, backward=True):
-        return gathered_backward(d_out, q, k, v, selection, lse, delta_b, gate, index, plan, config, scale=scale, dq=dq)
+    queries = None if deterministic else q.shape[0]
+    if gathers(group, queries, padded(size) * dims * q.element_size(), q.dtype, backward=True):
+        return gathered_backward(d_out, q, k, v, selection, lse, delta_b, gate, index, plan, config, scale=scale, dq=dq, dq_before=dq_before)
     shared = {
         "GROUP": group, "KEY_DIM": key_dim, "KEY_PAD": padded(key_dim), "VALUE_DIM": value_dim, "VALUE_PAD": padded(value_dim), "SELECT": size,
         "PRECISION": dot_precision(),
     }  # fmt: skip
     inputs = (*d_out.stride()[:2], *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *delta_b.stride(), *gate.stride())
     shape = query_tile(dims, group, size, q.dtype)
-    tiles = plan.query_tiles(QUERY_TILE)
+    tiles, before = plan.query_tiles(QUERY_TILE), dq if dq_before is None else dq_before
     selected_dq_kernel[(tiles.shape[0] * QUERY_TILE, num_kv_heads)](
-        d_out, q, k, v, selection, lse, delta_b, gate, dq, tiles, plan.query_ends, plan.key_ends, *inputs, *dq.stride()[:2], scale, scale * LOG2_E,
-        **shared, ROWS=shape.rows, KEYS=shape.keys, CHOSEN=n, CHOSEN_PAD=triton.next_power_of_2(n), QUERIES=QUERY_TILE, num_warps=shape.num_warps,
-        num_stages=shape.num_stages,
+        d_out, q, k, v, selection, lse, delta_b, gate, dq, before, tiles, plan.query_ends, plan.key_ends, *inputs, *dq.stride()[:2],
+        *before.stride()[:2], scale, scale * LOG2_E, **shared, ROWS=shape.rows, KEYS=shape.keys, CHOSEN=n, CHOSEN_PAD=triton.next_power_of_2(n),
+        QUERIES=QUERY_TILE, BEFORE=dq_before is not None, num_warps=shape.num_warps, num_stages=shape.num_stages,
     )  # fmt: skip
     shape = key_tile(dims, group, size, q.dtype)
     dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)

@@ -59,12 +59,14 @@ def draw(num_queries, num_keys, num_kv_heads, group, key_dim, value_dim, dtype):
     return [y if i in (5, 7) else y.to(dtype) for i, y in enumerate(x)]
 
 
-def run(inputs, selection, lengths, query_lengths, config, *, accumulate=True):
+def run(inputs, selection, lengths, query_lengths, config, *, accumulate=True, deterministic=False):
     """out, branch output, LSE, dq, dk, dv."""
     q, k, v, gate, d_out, delta, out, dq = (x.clone() for x in inputs)
     plan = KernelPlan(cumulative(query_lengths), cumulative(lengths), config=config, device=torch.device(DEVICE))
-    kept, lse = selected_forward(q, k, v, selection, plan, config, scale=0.3, gate=gate, out=out, accumulate=accumulate, keep=True)
-    dk, dv = selected_backward(d_out, q, k, v, selection, lse, delta, gate, plan, config, scale=0.3, dq=dq)
+    kept, lse = selected_forward(
+        q, k, v, selection, plan, config, scale=0.3, gate=gate, out=out, accumulate=accumulate, keep=True, deterministic=deterministic
+    )
+    dk, dv = selected_backward(d_out, q, k, v, selection, lse, delta, gate, plan, config, scale=0.3, dq=dq, dq_before=dq, deterministic=deterministic)
     return out, kept, lse.exp(), dq, dk, dv
 
 
@@ -135,22 +137,27 @@ def test_rows_that_see_nothing(monkeypatch):
     compare(monkeypatch, [40], selection=selection)
 
 
-def test_a_sequence_does_not_depend_on_its_neighbours(monkeypatch, shapes):
-    shapes(forward_part=20, backward_part=20)
-    monkeypatch.setattr(selected, "gathers", lambda *_, **__: True)
+@pytest.mark.parametrize(("group", "dtype"), [(2, torch.float16), (16, torch.float16), (2, torch.float32)])
+def test_deterministic_results_do_not_depend_on_the_batch(monkeypatch, shapes, group, dtype):
+    shapes(forward_part=10 * group, backward_part=10 * group)
     monkeypatch.setattr(gathered, "query_cuts", cuts_of(24))
-    inputs = draw(40, 40, 1, 2, 16, 16, torch.float32)
-    selection = random_selection([40], [40], 1, SMALL, forced=False)
-    alone = run(inputs, selection, [40], [40], SMALL)
-    together = run([torch.cat([x[:5], x]) for x in inputs], torch.cat([selection[:5], selection]), [5, 40], [5, 40], SMALL)
+    monkeypatch.setattr(gathered, "MIN_QUERIES", 60)
+    monkeypatch.setattr(selected, "SEGMENT_ROWS", 10 * group)
+    before, own, after = 5, 40, 20
+    inputs = draw(own, own, 1, group, 16, 16, dtype)
+    selection = random_selection([own], [own], 1, SMALL, forced=False)
+    alone = run(inputs, selection, [own], [own], SMALL, deterministic=True)
+    pack = [torch.cat([x[:before], x, x[:after]]) for x in (*inputs, selection)]
+    together = run(pack[:-1], pack[-1], [before, own, after], [before, own, after], SMALL, deterministic=True)
     for a, b in zip(together, alone, strict=True):
-        assert torch.equal(a[5:], b)
+        assert torch.equal(a[before : before + own], b)
 
 
 def test_the_rule():
     assert gathered.gathers(16, 65536, 2**15, torch.bfloat16, backward=True)
     assert gathered.gathers(8, 65536, 2**15, torch.bfloat16, backward=False)
     assert not gathered.gathers(16, 65536, 2**15, torch.bfloat16, backward=False)
+    assert gathered.gathers(8, None, 2**15, torch.bfloat16, backward=False) and not gathered.gathers(8, 100, 2**15, torch.bfloat16, backward=False)
     for other in ((17, 65536, 2**15, torch.bfloat16), (8, 100, 2**15, torch.bfloat16), (8, 65536, 2**15, torch.float32)):
         assert not gathered.gathers(*other, backward=True)
 

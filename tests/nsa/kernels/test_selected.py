@@ -93,13 +93,16 @@ def check(
     delta = (branch.detach() * gate[..., None] * d_out.cpu().double()).sum(-1).float().to(DEVICE)
     old = torch.randn(num_queries, num_heads, key_dim, generator=generator).to(DEVICE)
     results = []
+    backward = (d_out, q, k_in, v_in, selection, lse, delta, gates[..., 1], plan, config)
     for inverse in (None, invert_selection(selection, plan, config))[: 1 + twice]:
         dq = old.clone()
-        dk, dv = selected_backward(
-            d_out, q, k_in, v_in, selection, lse, delta, gates[..., 1], plan, config, scale=scale, dq=dq, inverse=inverse
-        )  # fmt: skip
+        dk, dv = selected_backward(*backward, scale=scale, dq=dq, dq_before=dq, inverse=inverse)
         results.append((dq, dk, dv))
     assert all(torch.equal(a, b) for a, b in zip(results[0], results[-1], strict=True))
+    if twice:
+        own = torch.full_like(q, torch.nan)
+        selected_backward(*backward, scale=scale, dq=own)
+        assert relative_rms(own, exact[0].grad) <= 2 * tolerance
     assert dk.dtype == dv.dtype == dtype
     for got, want in zip((dq - old, dk, dv), exact, strict=True):
         assert relative_rms(got, want.grad) <= 2 * tolerance
@@ -137,7 +140,7 @@ def test_long_lists_are_added_from_segments(monkeypatch):
 @pytest.mark.parametrize("group", [1, 3])
 def test_block_major(monkeypatch, group):
     monkeypatch.setattr(selected, "gathers", lambda *_, **__: True)
-    check([50, 1, 14], group=group, num_kv_heads=1, value_dim=24)
+    check([50, 1, 14], group=group, num_kv_heads=1, value_dim=24, twice=group == 1)
 
 
 def test_rows_that_see_nothing():
@@ -159,7 +162,7 @@ def test_a_sequence_does_not_depend_on_its_neighbours():
         plan = KernelPlan(cumulative(lengths), cumulative(lengths), config=SMALL, device=torch.device(DEVICE))
         out, dq = torch.zeros_like(d_out), torch.zeros_like(q)
         _, lse = selected_forward(q, k, v, selection, plan, SMALL, scale=0.3, gate=gate, out=out, accumulate=False, keep=False)
-        return out, lse, dq, *selected_backward(d_out, q, k, v, selection, lse, delta, gate, plan, SMALL, scale=0.3, dq=dq)
+        return out, lse, dq, *selected_backward(d_out, q, k, v, selection, lse, delta, gate, plan, SMALL, scale=0.3, dq=dq, dq_before=dq)
 
     alone = [q, k, v, d_out, selection, gate, delta]
     for a, b in zip(run([torch.cat([x[:5], x]) for x in alone], [5, 36]), run(alone, [36]), strict=True):
