@@ -25,7 +25,9 @@ pytestmark = pytest.mark.ray
 
 SAME = ("reward", "loss", "entropy", "grad_norm", "completions/mean_length", "num_tokens")
 DRIVER = """
+import signal
 import sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job inherits an ignored Ctrl-C
 from grpo.config import RunConfig, build_config
 from grpo.errors import RunFailed
 from grpo.trainer import train
