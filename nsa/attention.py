@@ -2,8 +2,8 @@
 
 `nsa_attention` works on packed sequences (training, prefill, chunked prefill), `nsa_decode` on a paged cache. Backends:
 `reference` (the oracle, for tests), `torch` (vectorised, any device), `triton` (the kernels, on CUDA; on the CPU they run
-in Triton's interpreter where TRITON_INTERPRET=1 is set, for tests). `auto` is `torch` until a whole GRPO run on the
-kernels has been measured.
+in Triton's interpreter where TRITON_INTERPRET=1 is set, for tests). `auto` is `triton` on a CUDA GPU that has bf16
+tensor cores (compute capability 8.0) where Triton is installed, and `torch` elsewhere.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -88,6 +89,15 @@ class LayerCache:
         return ("cmp", "slc", "win").index(branch) if self.num_sets == 3 else 0
 
 
+KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+"""What q may be on the triton backend."""
+
+
+def _check_dtype(name: str, dtype: torch.dtype) -> None:
+    if name == "triton" and dtype not in KERNEL_DTYPES:
+        raise ValueError(f"backend 'triton' takes {', '.join(str(x).removeprefix('torch.') for x in KERNEL_DTYPES)}, got q in {dtype}; use 'torch'")
+
+
 def _check(q: torch.Tensor, kv: BranchKV, gates: torch.Tensor, phi: Phi | None, config: SparsityConfig) -> None:
     if q.ndim != 3:
         raise ValueError(f"q must be [T, Hq, Dk], got {tuple(q.shape)}")
@@ -105,6 +115,12 @@ def _check(q: torch.Tensor, kv: BranchKV, gates: torch.Tensor, phi: Phi | None, 
         raise ValueError(f"compressor={config.compressor!r} {'takes no' if config.compressor == 'mean' else 'needs'} phi")
 
 
+@lru_cache
+def _kernels_run(device: torch.device) -> bool:
+    """Whether `auto` takes the kernels on a device."""
+    return device.type == "cuda" and importlib.util.find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def resolve_backend(backend: str, device: torch.device) -> str:
     """The backend a request stands for on a device.
 
@@ -113,8 +129,10 @@ def resolve_backend(backend: str, device: torch.device) -> str:
     """
     if backend not in ("auto", "reference", "torch", "triton"):
         raise ValueError(f"backend must be one of auto, reference, torch, triton; got {backend!r}")
+    if backend == "auto":
+        return "triton" if _kernels_run(device) else "torch"
     if backend != "triton":
-        return "torch" if backend == "auto" else backend
+        return backend
     missing = None
     if importlib.util.find_spec("triton") is None:
         missing = "the package triton is not installed"
@@ -179,17 +197,19 @@ def nsa_attention(
         selection: `[T, Hkv, n]` block numbers to use instead of choosing (−1 = none; a row that begins with −2 is
             chosen anew). Gradients never flow through the choice.
         scale: factor on q·k; default Dk^−½.
-        deterministic: bit-equal results from run to run. Every backend gives that always, so it changes nothing yet; it is
-            what to ask for once a faster kernel does not. (Equality whatever else is in the batch is not promised.)
+        deterministic: outputs, selections and gradients of a sequence are bit-equal whatever else is in the batch (φ's
+            own gradients sum over the batch and are bit-equal from run to run, as everything is without it too). A promise of
+            the triton backend; the others take the flag and make none. What it costs: scripts/bench/RESULTS.md.
     Returns:
         `[T, Hq, Dv]` in q's dtype; with `return_selection` also the selection, int16 (int32 above 32,767 blocks).
     Raises:
-        ValueError: shapes that do not fit together, an unknown or unavailable backend.
+        ValueError: shapes that do not fit together, an unknown or unavailable backend, a dtype it does not take.
     """
     _check(q, kv, gates, phi, config)
     if selection is not None and selection.shape != (q.shape[0], kv.slc[0].shape[1], config.num_selected_blocks):
         raise ValueError(f"selection must be {(q.shape[0], kv.slc[0].shape[1], config.num_selected_blocks)}, got {tuple(selection.shape)}")
     name = resolve_backend(backend, q.device)
+    _check_dtype(name, q.dtype)
     factor = q.shape[-1] ** -0.5 if scale is None else scale
     if name == "reference":
         from nsa.reference import reference_attention
@@ -222,7 +242,9 @@ def nsa_attention(
         )
     from nsa.kernels import packed
 
-    return packed.packed_attention(q, kv, gates, phi=phi, plan=plan, selection=selection, return_selection=return_selection, scale=factor)
+    return packed.packed_attention(
+        q, kv, gates, phi=phi, plan=plan, selection=selection, return_selection=return_selection, scale=factor, deterministic=deterministic
+    )
 
 
 def nsa_decode(
@@ -262,6 +284,7 @@ def nsa_decode(
     if block_table.shape[0] != q.shape[0] or seq_lens.shape != q.shape[:1]:
         raise ValueError(f"block_table must be [B, P] and seq_lens [B] with B={q.shape[0]}, got {tuple(block_table.shape)}, {tuple(seq_lens.shape)}")
     name = resolve_backend(backend, q.device)
+    _check_dtype(name, q.dtype)
     if name == "reference":
         raise ValueError("nsa_decode has no reference backend: compare it with nsa_attention")
     if name == "triton":

@@ -48,7 +48,7 @@ def _plan_of(query_ends: Tensor, key_ends: Tensor, settings: list[int], device: 
 @torch.library.custom_op("nsa_grpo::sparse_attention", mutates_args=())
 def sparse_attention(
     q: Tensor, kc: Tensor, vc: Tensor, k_slc: Tensor, v_slc: Tensor, k_win: Tensor, v_win: Tensor, gates: Tensor, selection: Tensor | None,
-    query_ends: Tensor, key_ends: Tensor, settings: list[int], scale: float, keep: bool,
+    query_ends: Tensor, key_ends: Tensor, settings: list[int], scale: float, keep: bool, deterministic: bool,
 ) -> list[Tensor]:  # fmt: skip
     """Output `[T, Hq, Dv]` and the KEPT tensors (branch outputs empty unless `keep`).
 
@@ -68,7 +68,9 @@ def sparse_attention(
         chosen = replayed(choose_blocks(q, kc, lse_cmp, plan, config, scale=scale), selection)
     else:
         chosen = selection.to(torch.int32, copy=True)
-    out_slc, lse_slc = selected_forward(q, k_slc, v_slc, chosen, plan, config, gate=gate[1], accumulate=True, **common)
+    out_slc, lse_slc = selected_forward(
+        q, k_slc, v_slc, chosen, plan, config, gate=gate[1], accumulate=True, deterministic=deterministic, **common
+    )  # fmt: skip
     out_win, lse_win = banded_forward(q, k_win, v_win, Band("window", plan, config), gate=gate[2], accumulate=True, **common)
     branches = [q.new_empty(0) if x is None else x for x in (out_cmp, out_slc, out_win)]
     return [out, chosen, *branches, lse_cmp, lse_slc, lse_win]
@@ -77,7 +79,7 @@ def sparse_attention(
 @sparse_attention.register_fake
 def _(
     q: Tensor, kc: Tensor, vc: Tensor, k_slc: Tensor, v_slc: Tensor, k_win: Tensor, v_win: Tensor, gates: Tensor, selection: Tensor | None,
-    query_ends: Tensor, key_ends: Tensor, settings: list[int], scale: float, keep: bool,
+    query_ends: Tensor, key_ends: Tensor, settings: list[int], scale: float, keep: bool, deterministic: bool,
 ) -> list[Tensor]:  # fmt: skip
     num_queries, num_heads = q.shape[:2]
     out = q.new_empty(num_queries, num_heads, v_slc.shape[2])
@@ -89,43 +91,52 @@ def _(
 @torch.library.custom_op("nsa_grpo::sparse_attention_backward", mutates_args=())
 def sparse_attention_backward(
     d_out: Tensor, q: Tensor, kc: Tensor, vc: Tensor, k_slc: Tensor, v_slc: Tensor, k_win: Tensor, v_win: Tensor, gates: Tensor, kept: list[Tensor],
-    query_ends: Tensor, key_ends: Tensor, settings: list[int], scale: float,
+    query_ends: Tensor, key_ends: Tensor, settings: list[int], scale: float, deterministic: bool,
 ) -> list[Tensor]:  # fmt: skip
-    """Gradients of q, kc, vc, k_slc, v_slc, k_win, v_win and gates."""
+    """Gradients of q, kc, vc, k_slc, v_slc, k_win, v_win and gates.
+
+    dq is added up over the branches in q's dtype: in bf16 its two more roundings are an error of about .1 %, a quarter of
+    what the products' operands bring, and an fp32 sum would take as much memory as two branch outputs."""
     plan = _plan_of(query_ends, key_ends, settings, q.device)
     config = plan.config
     chosen, out_cmp, out_slc, out_win, lse_cmp, lse_slc, lse_win = kept
     d_gates, delta = gate_backward(d_out, gates, (out_cmp, out_slc, out_win))
     gate, deltas = gates.unbind(-1), delta.unbind(-1)
-    dq = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
-    dkc, dvc = banded_backward(d_out, q, kc, vc, lse_cmp, deltas[0], gate[0], Band("compression", plan, config), scale=scale, dq=dq, dq_before=dq)
-    dk_slc, dv_slc = selected_backward(d_out, q, k_slc, v_slc, chosen, lse_slc, deltas[1], gate[1], plan, config, scale=scale, dq=dq, dq_before=dq)
+    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    dkc, dvc = banded_backward(d_out, q, kc, vc, lse_cmp, deltas[0], gate[0], Band("compression", plan, config), scale=scale, dq=dq)
+    dk_slc, dv_slc = selected_backward(
+        d_out, q, k_slc, v_slc, chosen, lse_slc, deltas[1], gate[1], plan, config, scale=scale, dq=dq, dq_before=dq, deterministic=deterministic
+    )  # fmt: skip
     window = Band("window", plan, config)
     dk_win, dv_win = banded_backward(d_out, q, k_win, v_win, lse_win, deltas[2], gate[2], window, scale=scale, dq=dq, dq_before=dq)
-    return [dq.to(q.dtype, copy=True), dkc, dvc, dk_slc, dv_slc, dk_win, dv_win, d_gates]
+    return [dq, dkc, dvc, dk_slc, dv_slc, dk_win, dv_win, d_gates]
 
 
 @sparse_attention_backward.register_fake
 def _(
     d_out: Tensor, q: Tensor, kc: Tensor, vc: Tensor, k_slc: Tensor, v_slc: Tensor, k_win: Tensor, v_win: Tensor, gates: Tensor, kept: list[Tensor],
-    query_ends: Tensor, key_ends: Tensor, settings: list[int], scale: float,
+    query_ends: Tensor, key_ends: Tensor, settings: list[int], scale: float, deterministic: bool,
 ) -> list[Tensor]:  # fmt: skip
-    return [torch.empty_like(x) for x in (q, kc, vc, k_slc, v_slc, k_win, v_win, gates)]
+    return [x.new_empty(x.shape) for x in (q, kc, vc, k_slc, v_slc, k_win, v_win, gates)]
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    *tensors, _, query_ends, key_ends, settings, scale, keep = inputs
+    *tensors, _, query_ends, key_ends, settings, scale, keep, deterministic = inputs
     if not keep:
         raise RuntimeError("sparse_attention was called with keep=False on tensors that need a gradient")
     ctx.save_for_backward(*tensors, *output[1:])
-    ctx.rest = query_ends, key_ends, settings, scale
+    ctx.rest = query_ends, key_ends, settings, scale, deterministic
+    ctx.set_materialize_grads(False)  # zeros for the kept tensors would be three outputs' memory
     ctx.mark_non_differentiable(*output[1:])
 
 
-def _backward(ctx: Any, gradients: list[Tensor]) -> tuple[Any, ...]:
+def _backward(ctx: Any, gradients: list[Tensor | None]) -> tuple[Any, ...]:
+    d_out = gradients[0]
+    if d_out is None:
+        return (None,) * 15
     saved = ctx.saved_tensors
     tensors, kept = saved[:-KEPT], list(saved[-KEPT:])
-    return (*sparse_attention_backward(gradients[0].contiguous(), *tensors, kept, *ctx.rest), *[None] * 6)
+    return (*sparse_attention_backward(d_out.contiguous(), *tensors, kept, *ctx.rest), *[None] * 7)
 
 
 sparse_attention.register_autograd(_backward, setup_context=_setup)
@@ -133,6 +144,7 @@ sparse_attention.register_autograd(_backward, setup_context=_setup)
 
 def packed_attention(
     q: Tensor, kv: BranchKV, gates: Tensor, *, phi: Phi | None, plan: KernelPlan, selection: Tensor | None, return_selection: bool, scale: float,
+    deterministic: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """`nsa_attention` on the kernels; see there. `plan` holds the configuration."""
     config = plan.config
@@ -150,9 +162,10 @@ def packed_attention(
         out = q.new_zeros(0, q.shape[1], v_slc.shape[2])
         return (out, torch.zeros(0, k_slc.shape[1], config.num_selected_blocks, dtype=dtype, device=q.device)) if return_selection else out
     with torch.autocast(q.device.type, enabled=False):
-        kc, vc = (compress(x, weights, plan, config) for x, weights in ((k_cmp, phi.k if phi else None), (v_cmp, phi.v if phi else None)))
+        pairs = ((k_cmp, phi.k if phi else None), (v_cmp, phi.v if phi else None))
+        kc, vc = (compress(x, weights, plan, config, deterministic=deterministic) for x, weights in pairs)
         inputs = (q, kc, vc, k_slc, v_slc, k_win, v_win, gates)
         keep = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
         settings = [getattr(config, name) for name in SETTINGS]
-        out, chosen, *_ = sparse_attention(*inputs, selection, plan.host_query_ends, plan.host_key_ends, settings, scale, keep)
+        out, chosen, *_ = sparse_attention(*inputs, selection, plan.host_query_ends, plan.host_key_ends, settings, scale, keep, deterministic)
     return (out, chosen.to(dtype)) if return_selection else out
