@@ -6,6 +6,7 @@ last block taken and the best one left out is larger than rounding: nearer than 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from nsa.attention import BranchKV, CompressorWeights, Phi
 from nsa.config import NSAConfig, SparsityConfig
-from nsa.reference import reference_block_scores
+from nsa.reference import compress
 
 ROUNDING_FP32 = 1e-5
 """Bound on how far two fp32 computations of one block score differ, relative to the row's highest score."""
@@ -188,11 +189,58 @@ def relative_rms(actual: Tensor, expected: Tensor) -> float:
     return error / size if size else error
 
 
+def exact_block_scores(inputs: AttentionInputs, *, scale: float | None = None) -> Tensor:
+    """Block scores (Eq. 8-10) in fp64 where the inputs lie: `nsa.reference.reference_block_scores` a sequence at a time.
+
+    Returns:
+        `[T, Hkv, J]`, J counting the blocks of the longest sequence; -inf where a block begins after the query.
+    """
+    exact, config = inputs.to(dtype=torch.float64, requires_grad=False), inputs.config
+    l, d, size = config.compress_block_size, config.compress_stride, config.select_block_size
+    factor = inputs.q.shape[2] ** -0.5 if scale is None else scale
+    num_kv_heads, ends = inputs.kv.slc[0].shape[1], exact.cu_seqlens.tolist()
+    ends_k = ends if exact.cu_seqlens_k is None else exact.cu_seqlens_k.tolist()
+    longest = max((b - a for a, b in itertools.pairwise(ends_k)), default=0)
+    block = torch.arange(-(-longest // size), device=exact.q.device)
+    parts = [exact.q.new_zeros(0, num_kv_heads, len(block))]
+    for (q0, q1), (k0, k1) in zip(itertools.pairwise(ends), itertools.pairwise(ends_k), strict=True):
+        cmp_k = compress(exact.kv.cmp[0][k0:k1], exact.phi.k if exact.phi else None, config)
+        position = torch.arange(k1 - k0 - (q1 - q0), k1 - k0, device=exact.q.device)
+        start = torch.arange(cmp_k.shape[0], device=exact.q.device) * d
+        logits = torch.einsum("thgd,mhd->thgm", exact.q[q0:q1].unflatten(1, (num_kv_heads, -1)), cmp_k) * factor
+        logits = logits.masked_fill((start + l - 1 > position[:, None])[:, None, None], -torch.inf)
+        mass = torch.softmax(logits, dim=-1).nan_to_num().sum(dim=2)
+        common = torch.minimum(start[:, None] + l, (block + 1) * size) - torch.maximum(start[:, None], block * size)
+        scores = mass @ (common.clamp(min=0) // d).double()
+        parts.append(scores.masked_fill((block * size > position[:, None])[:, None], -torch.inf))
+    return torch.cat(parts)
+
+
+def free_blocks(scores: Tensor, positions: Tensor, config: SparsityConfig) -> tuple[Tensor, Tensor]:
+    """Scores `[T, Hkv, J]` with -inf in the place of forced and invisible blocks, and how many of the others are taken, int64 `[T]`."""
+    visible = (positions.to(scores.device) // config.select_block_size + 1)[:, None]
+    block = torch.arange(scores.shape[2], device=scores.device)
+    free = (block >= config.num_init_blocks) & (block < visible - config.num_local_blocks)
+    take = config.num_selected_blocks - (visible[:, 0] - free.sum(dim=1))
+    return scores.masked_fill(~free[:, None], -torch.inf), take.minimum(free.sum(dim=1))
+
+
+def chosen_blocks(scores: Tensor, positions: Tensor, config: SparsityConfig) -> Tensor:
+    """The blocks that exact scores `[T, Hkv, J]` ask for: int64 `[T, Hkv, n]`, ascending, -1 where there are fewer; ties to the lower block."""
+    num, last = config.num_selected_blocks, (positions.to(scores.device) // config.select_block_size)[:, None, None]
+    block = torch.arange(scores.shape[2], device=scores.device).expand(scores.shape)
+    forced = (block < config.num_init_blocks) | (block > last - config.num_local_blocks)
+    ranked = scores.masked_fill(forced, torch.inf).masked_fill(block > last, -torch.inf)
+    order = ranked.sort(dim=-1, descending=True, stable=True).indices[..., :num]
+    chosen = order.masked_fill(order > last, torch.iinfo(torch.int64).max).sort(dim=-1).values
+    return torch.nn.functional.pad(chosen.masked_fill(chosen == torch.iinfo(torch.int64).max, -1), (0, num - chosen.shape[-1]), value=-1)
+
+
 def selection_gap(scores: Tensor, positions: Tensor, config: SparsityConfig) -> Tensor:
     """How clear-cut each query's choice is, relative to its highest score.
 
     Args:
-        scores: `[T, Hkv, J]` from `reference_block_scores`.
+        scores: `[T, Hkv, J]` from `exact_block_scores` or `reference_block_scores`.
         positions: `[T]` of the queries in their sequences.
         config: n, l' and the forced blocks.
 
@@ -200,24 +248,17 @@ def selection_gap(scores: Tensor, positions: Tensor, config: SparsityConfig) -> 
         `[T, Hkv]`: score of the last block taken for its score minus that of the best block left out, over the row's
         highest score; inf where there was nothing to choose.
     """
-    gaps = torch.full(scores.shape[:2], torch.inf, dtype=torch.float64)
-    for row, t in enumerate(positions.tolist()):
-        visible = t // config.select_block_size + 1
-        free = range(config.num_init_blocks, visible - config.num_local_blocks)
-        take = config.num_selected_blocks - (visible - len(free))
-        if not 0 < take < len(free):
-            continue
-        for h in range(scores.shape[1]):
-            ranked = sorted(scores[row, h, free.start : free.stop].tolist(), reverse=True)
-            gaps[row, h] = (ranked[take - 1] - ranked[take]) / max(ranked[0], 1e-300)
-    return gaps
+    free, take = free_blocks(scores, positions, config)
+    ranked = torch.nn.functional.pad(free, (0, 2), value=-torch.inf).sort(dim=-1, descending=True).values
+    rank = take.clamp(min=1)[:, None, None].expand(*scores.shape[:2], 1)
+    last_taken, first_left = ranked.gather(2, rank - 1)[..., 0], ranked.gather(2, rank)[..., 0]
+    nothing = (take <= 0)[:, None] | first_left.isneginf()
+    return torch.where(nothing, torch.inf, (last_taken - first_left) / ranked[..., 0].clamp(min=1e-300))
 
 
 def clear_choices(inputs: AttentionInputs, *, bound: float = ROUNDING_FP32, scale: float | None = None) -> Tensor:
-    """bool `[T, Hkv]`: where the gap between taken and left-out blocks exceeds `bound`, judged by the oracle in fp64."""
-    exact = inputs.to(dtype=torch.float64, device="cpu", requires_grad=False)
-    scores = reference_block_scores(exact.q, exact.kv, **exact.options, scale=scale)
-    return selection_gap(scores, query_positions(exact), inputs.config) > bound
+    """bool `[T, Hkv]`, on the CPU: where the gap between taken and left-out blocks exceeds `bound`, judged by exact scores."""
+    return (selection_gap(exact_block_scores(inputs, scale=scale), query_positions(inputs), inputs.config) > bound).cpu()
 
 
 def same_blocks(actual: Tensor, expected: Tensor) -> Tensor:

@@ -5,6 +5,8 @@ added up afterwards. A sequence with C compressed tokens has C + l/d − 1 chunk
 compressed_ends[s] + s·(l/d − 1), so that no table is needed (rows of sequences without compressed tokens hold zeros).
 Triton kernels move, pool and activate; the matrix products are cuBLAS'. Gathers only, no atomics.
 
+Eager calls go through autograd functions, calls that `torch.compile` traces through operators with fake implementations.
+
 cuBLAS chooses how to add up by the number of rows of the whole batch, so with `deterministic` a kernel of fixed tiles takes
 the products that go row by row. Gradients of weights are sums over the batch and stay with cuBLAS: the same bits from run to run.
 
@@ -28,12 +30,20 @@ from nsa.kernels.tiles import KernelPlan
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Where chunks and compressed tokens of the packed sequences lie, and whether a row's products may depend on other rows."""
+    """Where chunks and compressed tokens of the packed sequences lie, and whether a row's products may depend on other rows.
 
-    plan: KernelPlan
+    key_ends and compressed_ends: int32 `[N+1]` as in the plan; num_compressed: C; block, stride: l and d."""
+
+    key_ends: torch.Tensor
+    compressed_ends: torch.Tensor
+    num_compressed: int
     block: int
     stride: int
     deterministic: bool
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.key_ends) - 1
 
     @property
     def ratio(self) -> int:
@@ -41,11 +51,11 @@ class Layout:
 
     @property
     def num_chunks(self) -> int:
-        return self.plan.num_compressed + self.plan.num_sequences * (self.ratio - 1)
+        return self.num_compressed + self.num_sequences * (self.ratio - 1)
 
     @property
     def arguments(self) -> tuple[torch.Tensor, torch.Tensor, int]:
-        return self.plan.key_ends, self.plan.compressed_ends, self.plan.num_sequences
+        return self.key_ends, self.compressed_ends, self.num_sequences
 
 
 @triton.jit
@@ -220,7 +230,7 @@ def tile_rows(width: int) -> int:
 
 def pool(x: torch.Tensor, layout: Layout) -> torch.Tensor:
     """Means of the blocks of x `[Tk, H, D]`: `[C, H, D]`."""
-    dim, rows, width = x.shape[2], layout.plan.num_compressed, triton.next_power_of_2(x.shape[2])
+    dim, rows, width = x.shape[2], layout.num_compressed, triton.next_power_of_2(x.shape[2])
     out = torch.empty(rows, *x.shape[1:], dtype=x.dtype, device=x.device)
     size = tile_rows(width) // 2 or 1
     pool_kernel[(triton.cdiv(rows, size), x.shape[1])](
@@ -262,6 +272,42 @@ def scatter(d_out: torch.Tensor, d_packed: torch.Tensor | None, num_tokens: int,
     return d_x
 
 
+def mlp_forward(
+    x: torch.Tensor, up: torch.Tensor, bias: torch.Tensor, down: torch.Tensor, layout: Layout
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """x `[Tk, H, D]`, up `[ratio·F, d·D]` (by chunk), bias `[F]`, down `[D, F]` → φ `[C, H, D]`; the hidden layer `[C·H, F]` before silu, fp32."""
+    heads, size, rows = x.shape[1], bias.shape[0], layout.num_compressed * x.shape[1]
+    parts = row_product(pack(x, layout), up.T, None, layout)
+    hidden = torch.empty(rows, size, dtype=torch.float32, device=x.device)
+    active = torch.empty(rows, size, dtype=x.dtype, device=x.device)
+    columns = min(128, triton.next_power_of_2(size))
+    activate_kernel[(triton.cdiv(rows, 32), triton.cdiv(size, columns))](
+        parts, bias, hidden, active, layout.compressed_ends, layout.num_sequences, rows, heads,
+        SIZE=size, RATIO=layout.ratio, ROWS=32, COLUMNS=columns,
+    )  # fmt: skip
+    return row_product(active, down.T, pool(x, layout).flatten(0, 1), layout).unflatten(0, (-1, heads)), hidden
+
+
+def mlp_backward(
+    d_out: torch.Tensor, x: torch.Tensor, up: torch.Tensor, down: torch.Tensor, hidden: torch.Tensor, layout: Layout, *, of_x: bool = True
+) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Gradients of `mlp_forward`'s x (None unless `of_x`), up, bias and down from that of its output, which is contiguous."""
+    heads, size = x.shape[1], down.shape[1]
+    d_rows = d_out.flatten(0, 1)
+    d_down = d_rows.T @ (hidden * torch.sigmoid(hidden)).to(x.dtype)
+    d_parts = torch.empty(layout.num_chunks * heads, layout.ratio, size, dtype=x.dtype, device=x.device)
+    rows, columns = d_parts.shape[0] * layout.ratio, min(128, triton.next_power_of_2(size))
+    activate_backward_kernel[(triton.cdiv(rows, 32), triton.cdiv(size, columns))](
+        row_product(d_rows, down, None, layout), hidden, d_parts, layout.compressed_ends, layout.num_sequences, rows, heads,
+        SIZE=size, RATIO=layout.ratio, ROWS=32, COLUMNS=columns,
+    )  # fmt: skip
+    d_bias = d_parts[:, 0].sum(dim=0, dtype=torch.float32).to(x.dtype)
+    flat = d_parts.flatten(1)
+    d_up = flat.T @ pack(x, layout)
+    d_x = scatter(d_out, row_product(flat, up, None, layout), x.shape[0], layout) if of_x else None
+    return d_x, d_up, d_bias, d_down
+
+
 class Mean(torch.autograd.Function):
     """x `[Tk, H, D]` → means `[C, H, D]`."""
 
@@ -276,41 +322,79 @@ class Mean(torch.autograd.Function):
 
 
 class Mlp(torch.autograd.Function):
-    """x `[Tk, H, D]`, up `[ratio·F, d·D]` (by chunk), bias `[F]`, down `[D, F]` → φ `[C, H, D]`. Keeps x and the hidden layer."""
+    """`mlp_forward`'s first result. Keeps x and the hidden layer."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, up: torch.Tensor, bias: torch.Tensor, down: torch.Tensor, layout: Layout) -> torch.Tensor:
-        heads, size, rows = x.shape[1], bias.shape[0], layout.plan.num_compressed * x.shape[1]
-        parts = row_product(pack(x, layout), up.T, None, layout)
-        hidden = torch.empty(rows, size, dtype=torch.float32, device=x.device)
-        active = torch.empty(rows, size, dtype=x.dtype, device=x.device)
-        columns = min(128, triton.next_power_of_2(size))
-        activate_kernel[(triton.cdiv(rows, 32), triton.cdiv(size, columns))](
-            parts, bias, hidden, active, layout.plan.compressed_ends, layout.plan.num_sequences, rows, heads,
-            SIZE=size, RATIO=layout.ratio, ROWS=32, COLUMNS=columns,
-        )  # fmt: skip
+        out, hidden = mlp_forward(x, up, bias, down, layout)
         ctx.save_for_backward(x, up, down, hidden)
         ctx.layout = layout
-        return row_product(active, down.T, pool(x, layout).flatten(0, 1), layout).unflatten(0, (-1, heads))
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, up, down, hidden = ctx.saved_tensors
-        layout, heads, size = ctx.layout, x.shape[1], down.shape[1]
-        d_out = grads[0].contiguous()
-        d_rows = d_out.flatten(0, 1)
-        d_down = d_rows.T @ (hidden * torch.sigmoid(hidden)).to(x.dtype)
-        d_parts = torch.empty(layout.num_chunks * heads, layout.ratio, size, dtype=x.dtype, device=x.device)
-        rows, columns = d_parts.shape[0] * layout.ratio, min(128, triton.next_power_of_2(size))
-        activate_backward_kernel[(triton.cdiv(rows, 32), triton.cdiv(size, columns))](
-            row_product(d_rows, down, None, layout), hidden, d_parts, layout.plan.compressed_ends, layout.plan.num_sequences, rows, heads,
-            SIZE=size, RATIO=layout.ratio, ROWS=32, COLUMNS=columns,
-        )  # fmt: skip
-        d_bias = d_parts[:, 0].sum(dim=0, dtype=torch.float32).to(x.dtype)
-        flat = d_parts.flatten(1)
-        d_up = flat.T @ pack(x, layout)
-        d_x = scatter(d_out, row_product(flat, up, None, layout), x.shape[0], layout) if ctx.needs_input_grad[0] else None
-        return d_x, d_up, d_bias, d_down, None
+        return (*mlp_backward(grads[0].contiguous(), *ctx.saved_tensors, ctx.layout, of_x=ctx.needs_input_grad[0]), None)
+
+
+@torch.library.custom_op("nsa_grpo::compress", mutates_args=())
+def traced_compress(
+    x: torch.Tensor, weights: list[torch.Tensor], key_ends: torch.Tensor, compressed_ends: torch.Tensor, num_compressed: int, block: int, stride: int,
+    deterministic: bool,
+) -> list[torch.Tensor]:  # fmt: skip
+    """`Mean` (no weights) or `Mlp` (up, bias, down) as an operator that `torch.compile` need not look into. Called only while it
+    traces: a custom operator costs the host some ten times as much as an autograd function."""
+    layout = Layout(key_ends, compressed_ends, num_compressed, block, stride, deterministic)
+    if not weights:
+        return [pool(x, layout), x.new_empty(0)]
+    return list(mlp_forward(x, *weights, layout))
+
+
+@traced_compress.register_fake
+def _(
+    x: torch.Tensor, weights: list[torch.Tensor], key_ends: torch.Tensor, compressed_ends: torch.Tensor, num_compressed: int, block: int, stride: int,
+    deterministic: bool,
+) -> list[torch.Tensor]:  # fmt: skip
+    hidden = x.new_empty(num_compressed * x.shape[1], weights[1].shape[0], dtype=torch.float32) if weights else x.new_empty(0)
+    return [x.new_empty(num_compressed, *x.shape[1:]), hidden]
+
+
+@torch.library.custom_op("nsa_grpo::compress_backward", mutates_args=())
+def traced_compress_backward(
+    d_out: torch.Tensor, x: torch.Tensor, weights: list[torch.Tensor], hidden: torch.Tensor, key_ends: torch.Tensor, compressed_ends: torch.Tensor,
+    num_compressed: int, block: int, stride: int, deterministic: bool,
+) -> list[torch.Tensor]:  # fmt: skip
+    """Gradients of `traced_compress`'s x and weights."""
+    layout = Layout(key_ends, compressed_ends, num_compressed, block, stride, deterministic)
+    if not weights:
+        return [scatter(d_out, None, x.shape[0], layout)]
+    up, _, down = weights
+    return [gradient for gradient in mlp_backward(d_out, x, up, down, hidden, layout) if gradient is not None]
+
+
+@traced_compress_backward.register_fake
+def _(
+    d_out: torch.Tensor, x: torch.Tensor, weights: list[torch.Tensor], hidden: torch.Tensor, key_ends: torch.Tensor, compressed_ends: torch.Tensor,
+    num_compressed: int, block: int, stride: int, deterministic: bool,
+) -> list[torch.Tensor]:  # fmt: skip
+    return [tensor.new_empty(tensor.shape) for tensor in (x, *weights)]
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[torch.Tensor]) -> None:
+    x, weights, key_ends, compressed_ends, *ctx.rest = inputs
+    ctx.save_for_backward(x, output[1], key_ends, compressed_ends, *weights)
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx: Any, gradients: list[torch.Tensor | None]) -> tuple[Any, ...]:
+    x, hidden, key_ends, compressed_ends, *weights = ctx.saved_tensors
+    if gradients[0] is None:
+        return None, [None] * len(weights), *[None] * 6
+    d_x, *d_weights = traced_compress_backward(gradients[0].contiguous(), x, weights, hidden, key_ends, compressed_ends, *ctx.rest)
+    return d_x, d_weights, *[None] * 6
+
+
+traced_compress.register_autograd(_backward, setup_context=_setup)
 
 
 def compress(
@@ -330,10 +414,12 @@ def compress(
         x = x.contiguous()
     if not plan.num_compressed:
         return x[:0] + sum((tensor.sum() * 0 for tensor in (weights.position, weights.up, weights.down)), start=0) if weights else x[:0]
-    layout = Layout(plan, config.compress_block_size, config.compress_stride, deterministic)
-    if weights is None:
-        return Mean.apply(x, layout)
-    up, size = weights.up.to(x.dtype), weights.up.shape[0]
-    by_chunk = up.view(size, layout.ratio, -1).transpose(0, 1).flatten(0, 1)
-    bias = up @ weights.position.to(x.dtype).flatten()
-    return Mlp.apply(x, by_chunk, bias, weights.down.to(x.dtype), layout)
+    layout = (plan.key_ends, plan.compressed_ends, plan.num_compressed, config.compress_block_size, config.compress_stride, deterministic)
+    matrices: tuple[torch.Tensor, ...] = ()
+    if weights is not None:
+        up, size = weights.up.to(x.dtype), weights.up.shape[0]
+        by_chunk = up.view(size, config.compress_block_size // config.compress_stride, -1).transpose(0, 1).flatten(0, 1)
+        matrices = by_chunk, up @ weights.position.to(x.dtype).flatten(), weights.down.to(x.dtype)
+    if torch.compiler.is_compiling():
+        return traced_compress(x, list(matrices), *layout)[0]
+    return Mlp.apply(x, *matrices, Layout(*layout)) if matrices else Mean.apply(x, Layout(*layout))

@@ -142,19 +142,3 @@ def test_runs_are_bit_equal_alone_and_beside_others() -> None:
     out, selection = nsa_attention(alone.q[:1200], kv, alone.gates[:1200], phi=alone.phi, config=PAPER, return_selection=True, backend="triton")
     assert torch.equal(out, first[0][:1200])
     assert torch.equal(selection, first[1][:1200])
-
-
-@pytest.mark.gpu
-def test_operators_trace_compile_and_run_under_autocast() -> None:
-    inputs = make_inputs(PAPER, lengths=[300, 90], num_kv_heads=1, group_size=4, key_dim=32, value_dim=32, dtype=torch.bfloat16, device="cuda")
-
-    def attend(q, gates):
-        return nsa_attention(q, inputs.kv, gates, **inputs.options, backend="triton")
-
-    eager = attend(inputs.q, inputs.gates)
-    compiled = torch.compile(attend)(inputs.q, inputs.gates)
-    assert torch.equal(eager, compiled)
-    compiled.sum().backward()
-    assert inputs.q.grad is not None and inputs.q.grad.isfinite().all()
-    with torch.autocast("cuda", dtype=torch.bfloat16):
-        assert torch.equal(attend(inputs.q, inputs.gates), eager)

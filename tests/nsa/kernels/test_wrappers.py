@@ -1,0 +1,128 @@
+"""What users put around the kernels: torch.compile, autocast, gradient checkpointing; and what the first call of a process costs."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from nsa.attention import BranchKV, nsa_attention, plan_batch
+from nsa.config import SparsityConfig
+from nsa.model import NSAForCausalLM
+from nsa.testing import AttentionInputs, make_inputs, relative_rms, tiny_config
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SMALL = SparsityConfig(compress_block_size=8, compress_stride=4, select_block_size=8, num_selected_blocks=3, window_size=6)
+PAPER = SparsityConfig()
+
+
+def compiled_against_eager(inputs: AttentionInputs, compiler: str) -> None:
+    """One graph without breaks gives the eager bits, output and every gradient. The plan is made outside: lengths are data."""
+    num_heads = inputs.q.shape[1]
+    plan = plan_batch(inputs.cu_seqlens, inputs.cu_seqlens_k, config=inputs.config, num_heads=num_heads, device=inputs.q.device, backend="triton")
+
+    def attend(q: torch.Tensor, kv: BranchKV, gates: torch.Tensor, phi: object) -> torch.Tensor:
+        out = nsa_attention(q * 1.0, kv, gates, phi=phi, config=inputs.config, cu_seqlens=plan, backend="triton")  # type: ignore[arg-type]
+        assert isinstance(out, torch.Tensor)
+        return out + 1.0
+
+    results = []
+    torch.compiler.reset()
+    for call in (attend, torch.compile(attend, fullgraph=True, backend=compiler)):
+        x = inputs.to()
+        out = call(x.q, x.kv, x.gates, x.phi)
+        out.square().sum().backward()
+        results.append({"out": out} | {name: leaf.grad for name, leaf in x.leaves.items()})
+    for name, value in results[0].items():
+        assert torch.equal(value, results[1][name]), name
+
+
+@pytest.mark.parametrize("compressor", ["mlp", "mean"])
+def test_torch_compile_traces_attention_as_one_graph(compressor: str) -> None:
+    config = SparsityConfig(
+        compress_block_size=8, compress_stride=4, select_block_size=8, num_selected_blocks=3, window_size=6, compressor=compressor
+    )
+    compiled_against_eager(make_inputs(config, lengths=[11, 1], num_kv_heads=1, group_size=1, device=DEVICE), "aot_eager")
+
+
+@pytest.mark.gpu
+def test_torch_compile_with_inductor() -> None:
+    options = {"num_kv_heads": 1, "group_size": 4, "key_dim": 64, "value_dim": 64, "dtype": torch.bfloat16, "device": "cuda"}
+    with torch._inductor.config.patch(compile_threads=1):
+        compiled_against_eager(make_inputs(PAPER, lengths=[300, 90], **options), "inductor")
+
+
+def test_autocast_changes_nothing_inside_and_takes_keys_of_another_dtype() -> None:
+    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float16
+    inputs = make_inputs(SMALL, lengths=[19], num_kv_heads=1, group_size=1, dtype=dtype, device=DEVICE)
+    plain = nsa_attention(inputs.q, inputs.kv, inputs.gates, **inputs.options, backend="triton")
+    wide = inputs.to(dtype=torch.float32)
+    with torch.autocast(DEVICE, dtype=dtype):
+        same = nsa_attention(inputs.q, inputs.kv, inputs.gates, **inputs.options, backend="triton")
+        mixed = nsa_attention(inputs.q, wide.kv, inputs.gates, **(inputs.options | {"phi": wide.phi}), backend="triton")
+    assert isinstance(plain, torch.Tensor) and isinstance(mixed, torch.Tensor)
+    assert torch.equal(plain, same)
+    assert torch.equal(plain, mixed), "keys, values and φ are taken in the dtype of q"
+    mixed.sum().backward()
+    assert wide.kv.slc[0].grad is not None and wide.kv.slc[0].grad.dtype == torch.float32
+
+
+def test_gradient_checkpointing_of_the_model_gives_the_same_gradients() -> None:
+    torch.manual_seed(0)
+    model = NSAForCausalLM(tiny_config(num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, attention_backend="triton")).to(DEVICE)
+    model.train()
+    ids, ends = torch.randint(0, 61, (22,), generator=torch.Generator().manual_seed(1)), torch.tensor([0, 21, 22])
+    positions = torch.cat([torch.arange(21), torch.arange(1)])
+    found = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model.zero_grad()
+        model.model.forward_packed(ids, positions, ends).hidden_TE.square().mean().backward()
+        found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys() and any("phi" in name for name in found[0])
+    for name, gradient in found[0].items():
+        assert relative_rms(found[1][name], gradient) <= 1e-6, name
+
+
+FIRST_CALL = """
+import sys, time, torch
+from nsa.attention import BranchKV, LayerCache, nsa_attention, nsa_decode
+from nsa.config import SparsityConfig
+from nsa.testing import make_inputs
+heads, kv_heads, kind = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+config, dim = SparsityConfig(), 128
+options = dict(num_kv_heads=kv_heads, group_size=heads // kv_heads, key_dim=dim, value_dim=dim, dtype=torch.bfloat16, device="cuda")
+inputs = make_inputs(config, lengths=[64], **options)
+draw = lambda *shape: torch.randn(*shape, device="cuda").bfloat16().requires_grad_()
+torch.cuda.synchronize()
+if kind == "training":
+    q, gates = draw(8192, heads, dim), draw(8192, heads, 3)
+    kv = BranchKV(*[(draw(8192, kv_heads, dim), draw(8192, kv_heads, dim)) for _ in range(3)])
+    start = time.perf_counter()
+    nsa_attention(q, kv, gates, phi=inputs.phi, config=config, backend="triton").sum().backward()
+else:
+    cache = LayerCache(draw(129, 2, 64, 3 * kv_heads, dim).detach(), draw(129, 4, kv_heads, 2 * dim).detach(), dim, dim, 3)
+    table = torch.arange(1, 129, device="cuda", dtype=torch.int32)[None]
+    lengths = torch.tensor([8192], device="cuda", dtype=torch.int32)
+    q, gates = draw(1, 1, heads, dim).detach(), draw(1, 1, heads, 3).detach()
+    start = time.perf_counter()
+    nsa_decode(q, cache, table, lengths, gates, phi=None, config=config, backend="triton")
+torch.cuda.synchronize()
+print(time.perf_counter() - start)
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("heads", "kv_heads", "kind"), [(64, 4, "training"), (32, 8, "training"), (64, 4, "decode"), (32, 8, "decode")])
+def test_the_first_call_of_a_process_takes_less_than_20_seconds(heads: int, kv_heads: int, kind: str, tmp_path: Path) -> None:
+    """8,192 tokens, forward and backward or a decode step, with nothing compiled before."""
+    command = [sys.executable, "-c", FIRST_CALL, str(heads), str(kv_heads), kind]
+    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    seconds = float(done.stdout.splitlines()[-1])
+    print(f"first call: {seconds:.1f} s")
+    assert seconds <= 20
