@@ -78,7 +78,7 @@ def evaluate(
         prefilled: the prompts end with `<think>`.
         jsonl_path: every completion goes there, one line each, and the report beside it as .json.
         seed: sampling seed; None: section.seed.
-        cluster: groups wrong answers of equal value; None: `rewards.math_equal.cluster`.
+        cluster: groups wrong answers of equal value; None: `rewards.voting.cluster`.
 
     Raises:
         ValueError: no prompts, a prompt id twice, or a scorer without `reward`.
@@ -118,7 +118,7 @@ def evaluate(
 
 
 def _math_cluster(answers: Sequence[str]) -> Sequence[int]:
-    from rewards.math_equal import cluster
+    from rewards.voting import cluster
 
     return cluster(answers)
 
@@ -177,10 +177,7 @@ def _votes(samples: Sequence[_Sample], cluster: Cluster) -> list[str | int | Non
     wrong = [index for index, sample in enumerate(samples) if sample.answer is not None and not sample.correct]
     votes: list[str | int | None] = ["correct" if sample.correct else None for sample in samples]
     if wrong:
-        texts = list(dict.fromkeys(str(samples[index].answer) for index in wrong))
-        classes = dict(zip(texts, cluster(texts), strict=True))
-        for index in wrong:
-            number = classes[str(samples[index].answer)]
+        for index, number in zip(wrong, cluster([str(samples[index].answer) for index in wrong]), strict=True):
             votes[index] = None if number < 0 else number
     return votes
 

@@ -103,7 +103,7 @@ class Scorer:
         return results
 
     def answers(self, texts: Sequence[str]) -> list[str | None]:
-        """The final answers of completions, for voting (`rewards.math_equal.cluster`); None where there is none."""
+        """The final answers of completions, for voting (`rewards.voting.cluster`); None where there is none."""
         return [answer_span(self._opened(text)) for text in texts]
 
     def metrics(self) -> dict[str, float]:

@@ -11,8 +11,10 @@ does not fit. Brackets and matrices hold lists, so latex.py supplies them.
 
 from __future__ import annotations
 
+import re
 from fractions import Fraction
 
+from rewards.numerals import cardinal
 from rewards.tokens import SyntaxFault, Token
 from rewards.tree import (
     EMPTY_SET,
@@ -23,6 +25,7 @@ from rewards.tree import (
     Based,
     Call,
     Collection,
+    Matrix,
     Node,
     Number,
     Power,
@@ -37,6 +40,28 @@ END = Token("end-of-text", "")
 _HALF = Number(Fraction(1, 2))
 _STARTS = frozenset({"num", "name", "const", "cmd", "func", "open", "begin"})
 _UNKNOWN_FUNCTIONS = frozenset("fg")
+
+
+LETTER_UNITS = frozenset("mgshlL")
+_COMPOUND_UNIT = re.compile(
+    r"[mgshlL](?: \^ (?:\{ )?[23](?: \})?(?: / (?:[mgshlL]|[a-z]{2,12})(?: \^ (?:\{ )?[23](?: \})?)?)?|"
+    r" / (?:[mgshlL]|[a-z]{2,12})(?: \^ (?:\{ )?[23](?: \})?)?)"
+)
+
+
+def based(digits: Node | str, base: str) -> Node:
+    """A numeral with its base; base 10 is the number itself.
+
+    Raises:
+        SyntaxFault: no base between 2 and 36, or not a whole number.
+    """
+    value = cardinal(base)
+    number = int(base) if base.isdecimal() and len(base) <= 2 else 0 if value is None or value.denominator > 1 else int(value)
+    if isinstance(digits, Number):
+        digits = str(digits.value)
+    if not 2 <= number <= 36 or not isinstance(digits, str) or not digits.replace(".", "", 1).isdecimal():
+        raise SyntaxFault("subscript of a number")
+    return Number(Fraction(digits)) if number == 10 else Based(digits.lstrip("0") or "0", number)
 
 
 class Arithmetic:
@@ -80,8 +105,13 @@ class Arithmetic:
         terms = [self._signed_product()]
         while self._at("op", "+", "-", "±", "∓"):
             terms.append(self._signed_product())
+        node = terms[0] if len(terms) == 1 else Add(tuple(terms))
+        if self._at("infix"):  # `a \\over b`: all of the group before and after it
+            over = self._take().text == "over"
+            right = self._sum()
+            node = divide(node, right) if over else Call("binom", (node, right))
         self.depth -= 1
-        return terms[0] if len(terms) == 1 else Add(tuple(terms))
+        return node
 
     def _signed_product(self) -> Node:
         sign, count = 1, 0
@@ -96,7 +126,9 @@ class Arithmetic:
             elif operator == "-":
                 sign = -sign
         node = self._product()
-        return negate(node) if sign < 0 else node
+        if sign > 0:
+            return node
+        return self._times(MINUS_ONE, node) if isinstance(node, Matrix) else negate(node)
 
     def _product(self) -> Node:
         node = self._power()
@@ -104,8 +136,8 @@ class Arithmetic:
             if self._at("op", "*", "/"):
                 operator = self._take().text
                 right = self._signed_power()
-                node = multiply(node, right) if operator == "*" else divide(node, right)
-            elif self._at("op", ":"):
+                node = self._times(node, right) if operator == "*" else divide(node, right)
+            elif self._at_ratio(node):
                 node = self._ratio(node)
             elif self._at("name", "x") and self._peek().spaced and self._peek(1).kind == "num" and self._peek(1).spaced and isinstance(node, Number):
                 self._take()  # 3.2 x 10^5
@@ -118,11 +150,20 @@ class Arithmetic:
                 return node
 
     def _at_bare_unit(self, node: Node) -> bool:
-        """`1,000.99m²`: a number, then m to the second or third power, and nothing more."""
-        if not (isinstance(node, Number) and self._at("name", "m") and self._peek(1).text == "^"):
+        """`1,000.99m²`, `5 m/s^2`: a number, then a unit of one letter that has a power or a divisor, and nothing more."""
+        if not (isinstance(node, Number) and self._at("name") and self._peek().text in LETTER_UNITS):
             return False
-        braces = self._peek(2).text == "{"
-        return self._peek(3 if braces else 2).text in ("2", "3") and self._peek(5 if braces else 3) is END
+        rest = self.tokens[self.index : self.index + 12]
+        return _COMPOUND_UNIT.fullmatch(" ".join(token.text for token in rest)) is not None
+
+    def _at_ratio(self, node: Node) -> bool:
+        """`2:3`, or `2 to 3`."""
+        return self._at("op", ":") or (isinstance(node, Number) and self._at("word", "to") and self._peek(1).kind == "num")
+
+    def _times(self, left: Node, right: Node) -> Node:
+        if isinstance(right, Matrix) and not isinstance(left, Matrix):
+            return Matrix(tuple(tuple(multiply(left, entry) for entry in row) for row in right.rows))
+        return multiply(left, right)
 
     def _signed_power(self) -> Node:
         if self._at("op", "-", "+"):
@@ -134,22 +175,25 @@ class Arithmetic:
         token, previous = self._peek(), self.tokens[self.index - 1]
         if previous.kind == "num" and isinstance(left, Number) and left.value.denominator == 1:
             if token.kind == "cmd" and token.text == "frac":
-                part = self._power()
-                if isinstance(part, Number) and 0 < part.value < 1:
-                    return Number(left.value + part.value)
-                return multiply(left, part)
+                start = self.index
+                part = self._atom()
+                if isinstance(part, Number) and 0 < part.value < 1 and not self._at("op", "^"):
+                    return self._marked(Number(left.value + part.value))
+                self.index = start
+                return multiply(left, self._power())
             if token.kind == "num":
                 slash, bottom = self._peek(1), self._peek(2)
                 if token.spaced and slash.text == "/" and bottom.kind == "num" and token.value and bottom.value and token.value < bottom.value:
                     self.index += 3
-                    return Number(left.value + token.value / bottom.value)
-        if token.kind == "num" and (previous.kind in ("num", "name", "const") or isinstance(left, Number)) and previous.text not in ")}":
+                    return self._marked(Number(left.value + token.value / bottom.value))
+        numeral = previous.kind in ("num", "name", "const") and previous.text != "π"
+        if token.kind == "num" and (numeral or isinstance(left, Number)) and previous.text not in ")}":
             raise SyntaxFault("two numbers side by side")
-        return multiply(left, self._power())
+        return self._times(left, self._power())
 
     def _ratio(self, first: Node) -> Node:
         terms, written = [first], ""
-        while self._at("op", ":"):
+        while self._at("op", ":") or self._at("word", "to"):
             self._take()
             written = self._peek().text
             terms.append(self._signed_power())
@@ -185,7 +229,10 @@ class Arithmetic:
         return self._power()
 
     def _postfix(self) -> Node:
-        node, count = self._atom(), 0
+        return self._marked(self._atom())
+
+    def _marked(self, node: Node) -> Node:
+        count = 0
         while self._at("op", "!", "%", "°", "'", "_"):
             count += 1
             if count > MAX_SUFFIXES:
@@ -196,6 +243,9 @@ class Arithmetic:
     def _suffix(self, node: Node) -> Node:
         mark = self._take().text
         if mark == "!":
+            if self._at("op", "!"):
+                self._take()
+                return Call("double_factorial", (node,))
             return Call("factorial", (node,))
         if mark == "%":
             return divide(node, Number(Fraction(100)))
@@ -206,9 +256,7 @@ class Arithmetic:
         written = self.tokens[self.index - 2].text
         subscript = self._subscript()
         if isinstance(node, Number):
-            if not subscript.isdigit() or len(subscript) > 2 or not 2 <= int(subscript) <= 36:
-                raise SyntaxFault("subscript of a number")
-            return Based(written.lstrip("0") or "0", int(subscript))
+            return based(node if written == ")" else written, subscript.removeprefix("base").strip("()"))
         if isinstance(node, Symbol):
             return Symbol(f"{node.name}_{subscript}")
         raise SyntaxFault("subscript")
@@ -311,6 +359,8 @@ class Arithmetic:
         return self._atom()
 
     def _function(self, name: str) -> Node:
+        if name == "conj":
+            return Call(name, (self._argument(),))
         base: Node | None = None
         exponent: Node | None = None
         while self._at("op", "^", "_"):
@@ -323,6 +373,8 @@ class Arithmetic:
             arguments = group.items if isinstance(group, Collection) else (group,)
         else:
             arguments = (self._bare_argument(),)
+        if name == "lg":
+            name, base = "log", Number(Fraction(10))
         if name == "log" and base is not None:
             arguments = (*arguments, base)
         elif base is not None:

@@ -124,7 +124,7 @@ def exact(node: Node, values: dict[str, Fraction] | None = None) -> Fraction | N
 
 
 def _exact_call(node: Call, values: dict[str, Fraction] | None) -> Fraction | None:
-    if node.name not in ("abs", "factorial", "binom", "floor", "ceil", "max", "min", "gcd", "lcm"):
+    if node.name not in ("abs", "factorial", "double_factorial", "binom", "floor", "ceil", "max", "min", "gcd", "lcm"):
         return None
     arguments = [exact(argument, values) for argument in node.arguments]
     known = [value for value in arguments if value is not None]
@@ -144,6 +144,10 @@ def _exact_call(node: Call, values: dict[str, Fraction] | None) -> Fraction | No
         if not 0 <= integers[0] <= MAX_FACTORIAL:
             raise TooLarge("factorial")
         return Fraction(math.factorial(integers[0]))
+    if node.name == "double_factorial":
+        if not 0 <= integers[0] <= 2 * MAX_FACTORIAL:
+            raise TooLarge("factorial")
+        return Fraction(math.prod(range(integers[0], 0, -2)))
     if node.name == "binom":
         if len(integers) != 2 or not 0 <= integers[0] <= MAX_FACTORIAL or integers[1] < 0:
             raise TooLarge("binomial")
@@ -269,6 +273,8 @@ class Numeric:
             if max(abs(value) for value in arguments) > 200:
                 raise TooLarge("binomial")
             return mp.binomial(*arguments)
+        if name == "conj" and not symbols(node):
+            return mp.conj(first)
         if name in ("max", "min") and all(mp.im(value) == 0 for value in arguments):
             return max(arguments) if name == "max" else min(arguments)
         # an unknown function: a value of its own for each argument

@@ -18,7 +18,7 @@ _TAGS = re.compile(r"</?(?:think|answer)>")
 _STOP = re.compile(r"<\|(?:im_end|im_start|endoftext|eot_id|end_of_text)\|>|</s>")
 _PHRASE = re.compile(
     r"(?:final\s+answer|the\s+(?:correct\s+|final\s+|right\s+)?(?:answer|solution|result|choice|option)|\banswer)\b"
-    r"(?:\s+is)?\s*(?:therefore|thus|simply|just)?\s*[:=]?\s*",
+    r"(?:\s+is)?\s*(?:therefore|thus|simply|just)?\s*\**\s*[:=]?\s*\**\s*",
     re.IGNORECASE,
 )
 _SENTENCE_END = re.compile(r"\.(?:\s+[A-Z\[]|\s*$)|\n|\s+I hope")
@@ -27,7 +27,10 @@ _IS = re.compile(
     r"(?!not\b|(?:the|our|my|a)\s+(?:final\s+|correct\s+)?(?:solution|answer|result|domain|range)\b)"
 )
 _MATH = re.compile(r"\$\$(.{1,2000}?)\$\$|\$([^$]{1,2000})\$|\\\((.{1,2000}?)\\\)|\\\[(.{1,2000}?)\\\]", re.DOTALL)
-_JOIN = re.compile(r"(?:\s|[,;$.]|\\[,;: ]|\\q?quad|\\\(|\\\)|\\text\{|\}|\band\b|\bor\b|for part \([a-z]\)|\\\[|\\\])*", re.IGNORECASE)
+_JOIN = re.compile(
+    r"(?:\s|[,;$.]|[a-z](?:_\{?\d\}?)? ?=|\\[,;: ]|\\q?quad|\\\(|\\\)|\\text\{|\}|\band\b|\bor\b|for part \([a-z]\)|\\\[|\\\])*", re.IGNORECASE
+)
+_LIST_JOIN = re.compile(r"\s*(?:,|;|,?\s*\b(?:and|or)\b)\s*", re.IGNORECASE)
 
 
 def _visible(text: str) -> str | None:
@@ -77,7 +80,7 @@ def boxes(text: str) -> list[tuple[int, int, str]]:
     r"""(start, end, content) of every closed top-level \boxed{…} or \fbox{…}; at most the last 64."""
     found = []
     end = 0
-    for match in list(re.finditer(r"\\f?boxed?\s*(?:\{|\s(\w+))", text))[-64:]:
+    for match in list(re.finditer(r"\\(?:boxed|fbox)\s*(?:\{|\s(\w+))", text))[-64:]:
         if match.start() < end:
             continue
         if match.group(1):
@@ -131,7 +134,8 @@ def _marked(text: str) -> str | None:
         if boxed is not None:
             return boxed
     if "####" in text:
-        return text.rsplit("####", 1)[1].strip().split("\n")[0]
+        head, *rest = [line.strip() for line in text.rsplit("####", 1)[1].split("\n") if line.strip()] or [""]
+        return rest[0] if rest and _PHRASE.fullmatch(head) else head
     phrase = _last_phrase(text)
     return None if phrase is None else _after_phrase(text, phrase)
 
@@ -142,10 +146,16 @@ def _last_phrase(text: str) -> int | None:
     last = None
     for match in _PHRASE.finditer(text, tail):
         follows = text[match.end() :].strip(" .*$\n")
-        stated = match.group().rstrip().endswith((":", "=", "is"))
+        stated = match.group().rstrip(" \n*").endswith((":", "=", "is")) or "**" in match.group() or _is_heading(text, match)
         if follows and (stated or _direct(text, match)):
             last = match.end()
     return last
+
+
+def _is_heading(text: str, match: re.Match[str]) -> bool:
+    """`Answer` alone on a line, perhaps after `#` marks."""
+    start, phrase = text.rfind("\n", 0, match.start()) + 1, match.group()
+    return "\n" in phrase and not text[start : match.start()].strip(" #*\t")
 
 
 def _direct(text: str, match: re.Match[str]) -> bool:
@@ -165,6 +175,7 @@ def _after_phrase(text: str, start: int) -> str:
 
 def sole_number(text: str) -> str | None:
     """The only number in a sentence of at least three words none of which qualifies it ("so she sold 72 clips")."""
+    text = text.replace("\\$", "$")
     if len(text) > 400 or "\\" in text:
         return None
     found = re.findall(r"[$€£]?-?\d[\d,]*(?:\.\d+)?%?", text)
@@ -178,9 +189,12 @@ def prose_candidate(text: str) -> str | None:
     """The answer in running text: the last formula, or what follows the last "is" or "=", whichever ends later."""
     text = text[-_TAIL:].strip()
     best: tuple[int, str] | None = None
+    end = 0
     for match in _MATH.finditer(text):
         content = next(group for group in match.groups() if group is not None)
-        best = (match.start(), content)
+        joiner = _LIST_JOIN.fullmatch(text, end, match.start()) if best else None
+        best = (best[0], f"{best[1]}{joiner.group()}{content}") if best and joiner else (match.start(), content)
+        end = match.end()
     sentence = text.rstrip(" .")
     for match in _IS.finditer(sentence):
         rest = sentence[match.end() :]

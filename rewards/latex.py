@@ -13,12 +13,32 @@ from __future__ import annotations
 from fractions import Fraction
 
 from rewards import words
-from rewards.arithmetic import END, Arithmetic
+from rewards.arithmetic import END, LETTER_UNITS, Arithmetic, based
 from rewards.tokens import SyntaxFault
-from rewards.tree import EMPTY_SET, MAX_OPERANDS, Call, Collection, Matrix, Node, Number, Quantity, Relation, SetOperation, Text, divide, multiply
+from rewards.tree import (
+    EMPTY_SET,
+    MAX_OPERANDS,
+    MINUS_ONE,
+    Add,
+    Call,
+    Collection,
+    Matrix,
+    Mul,
+    Node,
+    Number,
+    Quantity,
+    Relation,
+    SetOperation,
+    Symbol,
+    Text,
+    divide,
+    multiply,
+    negate,
+)
 
 _CLOSING = {"(": ")", "[": "]", "{": "}", "{}": "{}", "⌊": "⌋", "⌈": "⌉"}
 _WORD_OPERATORS = {"union": "∪", "cup": "∪", "intersect": "∩"}
+_MONEY_WORDS = {"usd": "dollar", "us": "dollar", "eur": "euro", "gbp": "sterling", "rs": "rupee", "inr": "rupee"}
 
 
 class Parser(Arithmetic):
@@ -74,7 +94,7 @@ class Parser(Arithmetic):
         return Relation(tuple(terms), tuple(operators)) if operators else terms[0]
 
     def _set_term(self) -> Node:
-        node, count = self._quantity(), 0
+        node, count = _as_set(self._quantity()), 0
         while self._at("set") or (self._at("word") and self._peek().text.lower() in _WORD_OPERATORS):
             token = self._take()
             count += 1
@@ -85,12 +105,9 @@ class Parser(Arithmetic):
         return node
 
     def _quantity(self) -> Node:
-        money = self._at("money")
-        if money:
-            self._take()
-        elif self._at("op", "-") and self._peek(1).kind == "money":
-            del self.tokens[self.index + 1]
-            money = True
+        if self._at("word") and self._peek().text.lower() in words.SIGNS and self._peek(1).kind in ("num", "cmd", "money"):
+            return negate(self._quantity()) if words.SIGNS[self._take().text.lower()] < 0 else self._quantity()
+        money = self._money()
         if self._at("word"):
             return self._words()
         node = self._sum()
@@ -99,12 +116,29 @@ class Parser(Arithmetic):
         if self._at("word") and self._peek().text.lower() in words.PERCENT:
             self._take()
             return divide(node, Number(Fraction(100)))
-        if self._at("money"):
+        if self._at("word", "base") and self._peek(1).kind == "num":
             self._take()
-            money = True
+            return based(node, self._take().text)
+        if self._at("money"):
+            money = self._take().text
         if (self._at("word") and self._peek().text.lower() not in _WORD_OPERATORS) or self._at_bare_unit(node):
             return Quantity(node, self._unit())
-        return Quantity(node, "dollar") if money else node
+        return Quantity(node, money) if money else node
+
+    def _money(self) -> str:
+        """The currency before a number (`$5`, `-$5`, `US$5`, `Rs. 5`); "" where there is none."""
+        if self._at("word") and self._peek().text.lower() in _MONEY_WORDS and self._peek(1).kind in ("num", "money"):
+            unit = _MONEY_WORDS[self._take().text.lower()]
+            if self._at("money"):
+                self._take()
+            return unit
+        if self._at("money"):
+            return self._take().text
+        if self._at("op", "-") and self._peek(1).kind == "money":
+            unit = self._peek(1).text
+            del self.tokens[self.index + 1]
+            return unit
+        return ""
 
     def _words(self) -> Node:
         """An item that begins with a word: text, or the name of a quantity before a relation."""
@@ -134,7 +168,7 @@ class Parser(Arithmetic):
                 if not parts:
                     raise SyntaxFault("a power without a unit")
                 parts[-1] = (parts[-1][0], parts[-1][1] * power)
-            elif word in words.UNITS and (token.kind == "word" or word == "m"):
+            elif word in words.UNITS and (token.kind == "word" or token.text in LETTER_UNITS):
                 parts.append((words.UNITS[word], direction * factor))
                 direction = factor = 1
             else:
@@ -178,6 +212,8 @@ class Parser(Arithmetic):
             raise SyntaxFault("mismatched brackets")
         if "or" in joiners and opener != "{":
             raise SyntaxFault("or inside brackets")
+        if opener == "[" and len(items) > 1 and all(isinstance(item, Collection) and item.brackets == "[]" for item in items):
+            return _rows(items)
         if opener == "[" and len(items) == 1 and (self.depth > 1 or self.index < len(self.tokens)):
             return items[0]
         return Collection("{}" if opener == "{" else opener + closer, tuple(items))
@@ -205,3 +241,22 @@ class Parser(Arithmetic):
         if environment.startswith("v"):
             raise SyntaxFault("determinant")
         return Matrix(tuple(rows))
+
+
+def _rows(items: list[Node]) -> Node:
+    """`[[1,2],[3,4]]`: a matrix where the rows are equally long."""
+    rows = [item.items for item in items if isinstance(item, Collection)]
+    return Matrix(tuple(rows)) if len({len(row) for row in rows}) == 1 else Collection("[]", tuple(items))
+
+
+def _as_set(node: Node) -> Node:
+    """`ℝ − {1}` as a difference of sets, `P(3,4)` as a point with its name."""
+    if isinstance(node, Add) and len(node.terms) == 2 and node.terms[0] == Symbol("ℝ") and isinstance(node.terms[1], Mul):
+        sign, removed = node.terms[1].factors[0], node.terms[1].factors[-1]
+        if sign == MINUS_ONE and isinstance(removed, Collection) and len(node.terms[1].factors) == 2:
+            return SetOperation("\\", node.terms[0], removed)
+    if isinstance(node, Mul) and len(node.factors) == 2 and isinstance(node.factors[0], Symbol) and isinstance(node.factors[1], Collection):
+        name, point = node.factors
+        if isinstance(name, Symbol) and len(name.name) == 1 and name.name.isupper() and isinstance(point, Collection) and point.brackets == "()":
+            return Relation((name, point), ("=",))
+    return node

@@ -16,9 +16,9 @@ from collections.abc import Sequence
 from fractions import Fraction
 
 from rewards import extract
-from rewards.exact import children, exact, is_scalar, rough_value, scalars_equal, symbols
+from rewards.exact import children, exact, is_scalar, scalars_equal, symbols
 from rewards.reading import parse_span
-from rewards.realset import infinite, real_set, sets_equal
+from rewards.realset import infinite, pieces_of, real_set, sets_equal
 from rewards.tree import (
     MAX_TEXT,
     Add,
@@ -39,10 +39,12 @@ from rewards.tree import (
     Undefined,
     negate,
 )
-from rewards.words import UNITS
+from rewards.words import UNITS, plain_words, units_agree
 
 _PLAIN_NUMBER = re.compile(r"[+-]?\d{1,300}(?:\.\d{1,300})?")
+_STYLED_LETTER = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\s*\{\s*\(?([A-J])[.)]?\s*\}")
 _MAX_ITEMS = 200
+_NUMBER_SETS = frozenset("ℝℤℚℕℂ")
 
 
 def equivalent(gold: str, prediction: str) -> bool:
@@ -55,7 +57,7 @@ def equivalent(gold: str, prediction: str) -> bool:
     left, right = extract.answer_span(gold), extract.answer_span(prediction)
     if left is None or right is None or len(left) > MAX_TEXT or len(right) > MAX_TEXT:
         return False
-    return _spans_equal(left, right)
+    return spans_equal(left, right)
 
 
 def parse(text: str) -> Expression | None:
@@ -64,53 +66,8 @@ def parse(text: str) -> Expression | None:
     return None if span is None or len(span) > MAX_TEXT else parse_span(span)
 
 
-def cluster(answers: Sequence[str | None]) -> list[int]:
-    """Class numbers by equivalence, in order of first appearance; −1 for None and blank (they never vote).
-
-    Each answer is compared with one representative per class; numbers are told apart by a rounded value first. A quantity
-    with a unit joins the class of its value, where the units do not contradict; 50% is 1/2, not 50.
-    """
-    classes: list[int] = []
-    by_text: dict[str, int] = {}
-    representatives: list[tuple[str, complex | None]] = []
-    for answer in answers:
-        span = None if answer is None else extract.answer_span(answer)
-        if span is None or len(span) > MAX_TEXT:
-            classes.append(-1)
-            continue
-        number = by_text.get(span)
-        if number is None:
-            value = _rough_value(span)
-            near = (index for index, (other, rough) in enumerate(representatives) if _near(value, rough) and _spans_equal(other, span))
-            number = next(near, None)
-            if number is None:
-                number = len(representatives)
-                representatives.append((span, value))
-            by_text[span] = number
-        classes.append(number)
-    return classes
-
-
-def _rough_value(span: str) -> complex | None:
-    node = parse_span(span)
-    while isinstance(node, Quantity | Relation):
-        if isinstance(node, Quantity):
-            node = node.value
-        elif node.operators == ("=",) and _is_label(node.terms[0]):
-            node = node.terms[1]
-        else:
-            return None
-    return rough_value(node) if node is not None and is_scalar(node) else None
-
-
-def _near(left: complex | None, right: complex | None) -> bool:
-    return left is None or right is None or abs(left - right) <= 1e-9 * max(abs(left), abs(right))
-
-
-# comparison
-
-
-def _spans_equal(left: str, right: str) -> bool:
+def spans_equal(left: str, right: str) -> bool:
+    """`equivalent` of two answer spans."""
     if left == right:
         return bool(re.search(r"\w", left) or parse_span(left) is not None)
     a, b = parse_span(left), parse_span(right)
@@ -131,6 +88,7 @@ def _same_source(left: str, right: str) -> bool:
 
 def _chosen(text: str, letter: Node) -> bool:
     """`B) 12` where the other side is the letter B."""
+    text = _STYLED_LETTER.sub(r"(\1) ", text)
     option = re.match(r"\(?([A-J])(?:\)|[.:]\s)\s*\S", text)
     return option is not None and letter == Symbol(option.group(1))
 
@@ -148,10 +106,12 @@ def _ambiguous(left: str, right: str, a: Node, b: Node) -> bool:
 def _equal(left: Node, right: Node) -> bool:
     if left == right:
         return True
-    if isinstance(left, Quantity) or isinstance(right, Quantity):
-        return _quantities_equal(left, right)
+    if not isinstance(left, SetOperation) and not isinstance(right, SetOperation):
+        left, right = _alone(left), _alone(right)
     if isinstance(left, Relation) or isinstance(right, Relation):
         return _relations_equal(left, right)
+    if isinstance(left, Quantity) or isinstance(right, Quantity):
+        return _quantities_equal(left, right)
     if isinstance(left, Collection) or isinstance(right, Collection):
         return _collections_equal(left, right)
     if isinstance(left, SetOperation) or isinstance(right, SetOperation):
@@ -172,10 +132,19 @@ def _equal(left: Node, right: Node) -> bool:
     return False
 
 
+def _alone(node: Node) -> Node:
+    """The only element of a set, where it is a number or a tuple: {5} is the list 5."""
+    if isinstance(node, Collection) and node.brackets == "{}" and len(node.items) == 1:
+        (item,) = node.items
+        if is_scalar(item) or (isinstance(item, Collection) and item.brackets == "()"):
+            return item
+    return node
+
+
 def _texts_equal(left: Node, right: Node) -> bool:
     def words(node: Node) -> str | None:
         if isinstance(node, Text):
-            return node.words
+            return plain_words(node.words)
         factors = node.factors if isinstance(node, Mul) else (node,)
         letters = [factor.name for factor in factors if isinstance(factor, Symbol)]
         return "".join(letters).lower() if len(letters) == len(factors) else None
@@ -193,7 +162,7 @@ def _quantities_equal(left: Node, right: Node) -> bool:
         value, unit = _letter_unit(value, other_unit)
     if other_unit is None:
         other, other_unit = _letter_unit(other, unit)
-    if unit and other_unit and unit != other_unit:
+    if unit and other_unit and not units_agree(unit, other_unit):
         return False
     return _equal(value, other)
 
@@ -209,31 +178,32 @@ def _letter_unit(value: Node, unit: str | None) -> tuple[Node, str | None]:
     return value, None
 
 
-def _is_label(node: Node) -> bool:
+def is_label(node: Node) -> bool:
     """A name that an answer is given to: x, f(x), AB, |AB|, (x, y), V_1:V_2, "area"."""
     if isinstance(node, Text):
         return True
     if isinstance(node, Symbol):
         return node.name not in "∞πei°"
     if isinstance(node, Mul | Call):
-        return all(_is_label(child) or (isinstance(child, Number) and isinstance(node, Call)) for child in children(node))
+        return all(is_label(child) or (isinstance(child, Number) and isinstance(node, Call)) for child in children(node))
     if isinstance(node, Collection):
-        return node.brackets in ("()", "") and all(_is_label(item) for item in node.items)
+        return node.brackets in ("()", "") and all(is_label(item) for item in node.items)
     if isinstance(node, Ratio):
-        return all(_is_label(term) for term in node.terms)
-    return isinstance(node, Quantity) and _is_label(node.value)
+        return all(is_label(term) for term in node.terms)
+    return isinstance(node, Quantity) and is_label(node.value)
 
 
 def _unlabelled(node: Node) -> Node | None:
     """`x = 3` → 3, `x ∈ S` → S, `6·3 = 18` → 18 (a sum that is right); None for other nodes."""
     if not isinstance(node, Relation):
         return None
-    if node.operators == ("∈",) and _is_label(node.terms[0]):
+    if node.operators == ("∈",) and is_label(node.terms[0]):
         return node.terms[1]
     if set(node.operators) != {"="}:
         return None
     first, last = node.terms[0], node.terms[-1]
-    steps = node.terms[1:] if _is_label(first) else node.terms
+    named = is_label(first) or (len(node.terms) > 2 and is_scalar(first) and bool(symbols(first)))  # a + b = 2 + 3 = 5
+    steps = node.terms[1:] if named else node.terms
     if len(steps) > 1 and isinstance(steps[0], Number):
         return None
     if all(_equal(step, last) for step in steps[:-1]):
@@ -297,6 +267,9 @@ def _sets_equal(left: Node, right: Node) -> bool:
             return True
     if not all(isinstance(node, Collection | SetOperation | Relation) or node == Symbol("ℝ") for node in (left, right)):
         return False
+    if isinstance(left, SetOperation) or isinstance(right, SetOperation):
+        c, d = pieces_of(left), pieces_of(right)
+        return c is not None and d is not None and sets_equal(c, d) and not _named_apart(left, right)
     a, b = real_set(left), real_set(right)
     if a is None or b is None:
         return False
@@ -305,18 +278,43 @@ def _sets_equal(left: Node, right: Node) -> bool:
     return sets_equal(a[0], b[0])
 
 
+def _named_apart(left: Node, right: Node) -> bool:
+    """Both are conditions, on different variables."""
+    a, b = (found[1] if (found := real_set(node)) is not None else None for node in (left, right))
+    return a is not None and b is not None and a != b
+
+
 def _union_parts(node: Node) -> tuple[Node, ...]:
     if isinstance(node, SetOperation) and node.operator == "∪":
         return (*_union_parts(node.left), *_union_parts(node.right))
     return (node,)
 
 
+def _conditions(items: Sequence[Node]) -> bool:
+    """Equations or inequalities, of which all or any may have to hold."""
+    return len(items) > 1 and all(isinstance(item, Relation) for item in items)
+
+
+def _domainless(node: Node) -> Node | None:
+    """`π/4 + kπ, k ∈ ℤ` → `π/4 + kπ`; None where nothing is said of the parameter."""
+    if isinstance(node, Collection) and node.brackets == "" and len(node.items) > 1:
+        *items, last = node.items
+        if isinstance(last, Relation) and last.operators == ("∈",) and isinstance(last.terms[1], Symbol) and last.terms[1].name in _NUMBER_SETS:
+            return items[0] if len(items) == 1 else Collection("", tuple(items), node.joiner)
+    return None
+
+
 def _collections_equal(left: Node, right: Node) -> bool:
+    a, b = _domainless(left), _domainless(right)
+    if (a is None) != (b is None):
+        return _equal(left if a is None else a, right if b is None else b)
     if isinstance(left, Collection) and isinstance(right, Collection):
         if left.brackets in ("", "{}") and right.brackets in ("", "{}"):
             a, b = _plain_items(left), _plain_items(right)
             if max(len(a), len(b)) > _MAX_ITEMS:
                 return False
+            if left.joiner != right.joiner and "or" in (left.joiner, right.joiner) and _conditions(a) and _conditions(b):
+                return _sets_equal(left, right)
             if len(a) != len(b):
                 a, b = _distinct(a), _distinct(b)
             return (len(a) == len(b) and _same_items(a, b)) or _sets_equal(left, right)
@@ -331,7 +329,7 @@ def _collections_equal(left: Node, right: Node) -> bool:
 
 def _plain_items(node: Collection) -> tuple[Node, ...]:
     """Items without the name they all share: `x=-2 or x=5` → −2, 5; `n=1, 2, 3` → 1, 2, 3."""
-    relations = [item for item in node.items if isinstance(item, Relation) and item.operators == ("=",) and _is_label(item.terms[0])]
+    relations = [item for item in node.items if isinstance(item, Relation) and item.operators == ("=",) and is_label(item.terms[0])]
     if not relations or len({_label_root(item.terms[0]) for item in relations}) > 1:
         return node.items
     if len(relations) < len(node.items) and (relations[0] is not node.items[0] or len(relations) > 1):

@@ -6,28 +6,35 @@ Tried in order: the whole span as maths; the answer inside its prose; the only n
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 from functools import lru_cache
 
 from rewards import extract
 from rewards.latex import Parser
+from rewards.numerals import cardinal, ordinal
 from rewards.tokens import SyntaxFault, Tokenizer, translate
-from rewards.tree import Node, Number, Symbol, Text
-from rewards.words import NUMBER_WORDS
+from rewards.tree import EMPTY_SET, Collection, Node, Number, Quantity, Symbol, Text
 
 _SET_BUILDER = re.compile(r"(?:\\left)?\\\{\s*[a-z]\s*(?:\\in\s*\\mathbb\{?R\}?\s*)?(?:\\mid|\||:)(.{1,500}?)(?:\\right)?\\\}")
-_REALS = ("all real numbers", "all reals", r"\text{all real numbers}")
+_REALS = frozenset({"all real numbers", "all reals", "the real numbers", "the set of all real numbers", "the set of real numbers"})
+_NO_ELEMENTS = frozenset({"empty set", "the empty set", "null set", "the null set"})
+_EXCEPT = re.compile(r"(?:x is )?(?:all|any|every) real (?:numbers?|values?)(?: of)?(?: x)?,? (?:except|other than|but|besides)(?: for)?\s+(.{1,80})")
 _CHOICE = re.compile(r"(?:(?:option|choice|answer)\s*:?\s*)?\(?\s*\\?(?:text|textbf|mathrm)?\{?\(?([A-Z])\)?\}?\s*\)?[.:]?", re.IGNORECASE)
 _CLEAN = [
     (re.compile(r"\^\s*\{?\s*(?:\\circ|\\degree|°)\s*\}?"), "°"),
-    (re.compile(r"°\s*[CF]\b"), "°"),
+    (re.compile(r"°\s*(?:\\(?:text|mathrm)\s*\{\s*[CF]\s*\}|[CF]\b)"), "°"),
+    (re.compile(r"\{([-+=,])\}"), r"\1"),
+    (re.compile(r"^(?:hence|thus|so|therefore|then|finally|consequently)\b[,:]?\s+(?=\S)", re.IGNORECASE), ""),
     (re.compile(r"\\(?:left|right)\s*\."), " "),
     (re.compile(r"\{:\}|\\colon"), ":"),
     (re.compile(r"\\n(?![A-Za-z])"), " "),
     (re.compile(r"(?<=[\d}])\s*\\?\$\s*$|^\s*\\?\$\s*(?=[\d.])(?=[^$]*$)"), " ¤ "),
     (re.compile(r"\\begin\{(?:align|equation|aligned|gather)\*?\}|\\end\{(?:align|equation|aligned|gather)\*?\}|\\\[|\\\]|\\\(|\\\)"), " "),
-    (re.compile(r"(?<=\d)(?:st|nd|rd|th)\b"), r"\\text{th}"),
+    (re.compile(r"(?<=\d)\s*\^?\s*\{?(?:\\(?:text|mathrm|textrm)\s*\{)?\s*(?:st|nd|rd|th)\b\s*\}*"), r"\\text{th}"),
+    (re.compile(r"^(['\"`])([^'\"`]*)\1$"), r"\2"),
     (re.compile(r"\\q?quad(?=[A-Za-z])"), " "),
-    (re.compile(r"\*\*(?=\S[^*]*\*\*)|(?<=\S)\*\*\s*$"), ""),
+    (re.compile(r"\b(sq|cu|ft|in|yd|mi|lbs?|oz|hrs?|mins?|secs?|rs|Rs)\.(?=\s|$)"), r"\1"),
+    (re.compile(r"(?<![\w)}\]])\*\*(?=\S[^*]*\*\*)|(?<=\S)\*\*(?![\w({\[\\. -])|(?<=\S)\*\*\s*$"), ""),
 ]
 
 
@@ -38,7 +45,10 @@ def _clean(span: str) -> str:
         text = text.replace("$", " ")
     for pattern, replacement in _CLEAN:
         text = pattern.sub(replacement, text)
-    return text.strip().rstrip(".,;:").rstrip()
+    text = text.strip()
+    if text.endswith("..") or text.startswith("~"):  # an unfinished list, "about"
+        raise SyntaxFault("not one value")
+    return text.rstrip(".,;:").rstrip()
 
 
 @lru_cache(maxsize=4096)
@@ -52,13 +62,24 @@ def parse_span(span: str, thousands: bool = True) -> Node | None:
                 return inner
     if node is None:
         node = _as_text(span)
-    if isinstance(node, Text) and node.words in NUMBER_WORDS:
-        return Number(NUMBER_WORDS[node.words])
-    return node
+    return _meaning(node) if isinstance(node, Text) else node
+
+
+def _meaning(node: Text) -> Node:
+    """Text that names a number or a set."""
+    value, place = cardinal(node.words), ordinal(node.words)
+    if place is not None:
+        return Quantity(Number(Fraction(place)), "th")
+    if value is not None:
+        return Number(value)
+    return EMPTY_SET if node.words in _NO_ELEMENTS else Symbol("ℝ") if node.words in _REALS else node
 
 
 def _is_wordy(node: Node) -> bool:
-    return isinstance(node, Text) and len(node.words.split()) > 3
+    """A sentence, not an answer in words."""
+    items = node.items if isinstance(node, Collection) else (node,)
+    words = [word for item in items if isinstance(item, Text) for word in item.words.split()]
+    return len(words) > 3 or (len(words) > 2 and bool({"is", "are"}.intersection(words)))
 
 
 def _parse_maths(span: str, thousands: bool) -> Node | None:
@@ -68,8 +89,9 @@ def _parse_maths(span: str, thousands: bool) -> Node | None:
     builder = _SET_BUILDER.fullmatch(span.strip(" $"))
     if builder:
         span = builder.group(1)
-    if span.lower().strip(" .$") in _REALS:
-        return Symbol("ℝ")
+    others = _EXCEPT.fullmatch(_normal_text(span)) if "xcept" in span or "real" in span else None
+    if others:
+        span = rf"\mathbb{{R}} \setminus \{{{re.sub(r'^x *(?:=|is)', '', others.group(1))}\}}"
     try:
         tokens = Tokenizer(_clean(span), thousands=thousands).tokens()
         return Parser(tokens).parse() if tokens else None

@@ -118,13 +118,13 @@ def real_set(node: Node) -> tuple[tuple[Piece, ...], Node | None] | None:
     if isinstance(node, Relation):
         return _of_relation(node)
     if isinstance(node, SetOperation):
-        left, right = _operand(node.left), _operand(node.right)
+        left, right = pieces_of(node.left), pieces_of(node.right)
         if left is None or right is None:
             return None
         if node.operator == "∪":
             return _merge([*left, *right]), None
         return _intersect(left, right if node.operator == "∩" else _complement(right)), None
-    if isinstance(node, Collection) and node.brackets == "" and node.joiner in ("or", "and") and len(node.items) <= MAX_PIECES:
+    if isinstance(node, Collection) and node.brackets == "" and len(node.items) <= MAX_PIECES:
         return _of_alternatives(node)
     if isinstance(node, Collection) and len(node.items) == 2 and node.brackets and node.brackets != "{}":
         low, high = (_bound(item) for item in node.items)
@@ -134,8 +134,9 @@ def real_set(node: Node) -> tuple[tuple[Piece, ...], Node | None] | None:
     return None
 
 
-def _operand(node: Node) -> tuple[Piece, ...] | None:
-    if isinstance(node, Collection) and node.brackets == "{}" and len(node.items) <= MAX_PIECES:
+def pieces_of(node: Node) -> tuple[Piece, ...] | None:
+    """The pieces of a set that may be finite; None where `node` is no set of reals."""
+    if isinstance(node, Collection) and node.brackets in ("{}", "") and len(node.items) <= MAX_PIECES and not _has_relation(node):
         points = [_bound(item) for item in node.items]
         if any(point is None or infinite(point) for point in points):
             return None
@@ -144,26 +145,41 @@ def _operand(node: Node) -> tuple[Piece, ...] | None:
     return None if found is None or len(found[0]) > MAX_PIECES else found[0]
 
 
+def _has_relation(node: Collection) -> bool:
+    return any(isinstance(item, Relation) for item in node.items)
+
+
 def _of_alternatives(node: Collection) -> tuple[tuple[Piece, ...], Node | None] | None:
-    result: tuple[Piece, ...] | None = None
-    variable: Node | None = None
+    """Inequalities in one variable; a comma means "and" where both can hold at once, else "or"."""
+    sets: list[tuple[Piece, ...]] = []
+    variables: list[Node | None] = []
     for item in node.items:
-        found = real_set(item)
-        if found is None or not isinstance(item, Relation) or (variable is not None and found[1] != variable):
+        found = real_set(item) if isinstance(item, Relation) else None
+        if found is None:
             return None
-        variable = found[1]
-        pieces = found[0]
-        result = pieces if result is None else _merge([*result, *pieces]) if node.joiner == "or" else _intersect(result, pieces)
-    return None if result is None else (result, variable)
+        sets.append(found[0])
+        variables.append(found[1])
+    if not sets or any(variable != variables[0] for variable in variables) or all(_is_equation(item) for item in node.items):
+        return None
+    both = sets[0]
+    for pieces in sets[1:]:
+        both = _intersect(both, pieces)
+    if node.joiner == "and" or (node.joiner == "," and both):
+        return (both, variables[0]) if both else None
+    return _merge([piece for pieces in sets for piece in pieces]), variables[0]
+
+
+def _is_equation(node: Node) -> bool:
+    return isinstance(node, Relation) and set(node.operators) == {"="}
 
 
 def _of_relation(node: Relation) -> tuple[tuple[Piece, ...], Node | None] | None:
     terms = [_strip(term) for term in node.terms]
     if node.operators == ("∈",):
-        found = _operand(terms[1])
+        found = pieces_of(terms[1])
         return None if found is None or not is_scalar(terms[0]) else (found, terms[0])
     variables = [index for index, term in enumerate(terms) if _bound(term) is None]
-    if len(variables) != 1 or "=" in node.operators or not set(node.operators) <= set(_FLIP):
+    if len(variables) != 1 or not set(node.operators) <= set(_FLIP) or ("=" in node.operators and len(terms) > 2):
         return None
     place = variables[0]
     unknown = terms[place]
@@ -174,17 +190,31 @@ def _of_relation(node: Relation) -> tuple[tuple[Piece, ...], Node | None] | None
                 return None
             continue
         bound = terms[index + 1] if index == place else terms[index]
-        solved = _solve(unknown, operator if index == place else _FLIP[operator], bound)
+        solved = _solutions(unknown, operator if index == place else _FLIP[operator], bound)
         if solved is None:
             return None
-        variable, direction, value = solved
-        result = _intersect(result, _ray(direction, value))
+        variable, pieces = solved
+        result = _intersect(result, pieces)
     return result, variable
 
 
+def _solutions(unknown: Node, operator: str, bound: Node) -> tuple[Node, tuple[Piece, ...]] | None:
+    """(variable, pieces) of unknown operator bound; |u| < b is two rays."""
+    if isinstance(unknown, Call) and unknown.name == "abs" and symbols(unknown) and len(unknown.arguments) == 1:
+        low, high = (_solve(unknown.arguments[0], direction, limit) for direction, limit in ((_FLIP[operator], negate(bound)), (operator, bound)))
+        if low is None or high is None or infinite(bound) or compare(bound, Number(Fraction(0))) < 0:
+            return None
+        pieces, others = _ray(*low[1:]), _ray(*high[1:])
+        inside = operator in "<≤≠"
+        return low[0], _intersect(pieces, others) if inside else _merge([*pieces, *others])
+    solved = _solve(unknown, operator, bound)
+    return None if solved is None else (solved[0], _ray(*solved[1:]))
+
+
 def _ray(operator: str, value: Node) -> tuple[Piece, ...]:
-    if operator == "≠":
-        return _complement((Piece(value, True, value, True),))
+    if operator in "≠=":
+        point = () if infinite(value) else (Piece(value, True, value, True),)
+        return point if operator == "=" else _complement(point)
     if operator in "<≤":
         return _merge([Piece(MINUS_INFINITY, False, value, operator == "≤" and not infinite(value))])
     return _merge([Piece(value, operator == "≥" and not infinite(value), INFINITY, False)])

@@ -1,7 +1,8 @@
 """Text of an answer (LaTeX, plain maths, Unicode) → tokens.
 
 Kinds: num (value is a Fraction), name (one letter or Greek letter), func, const, cmd (structural LaTeX), op, rel, set,
-word, sep (`,` `;` `or` `and`), open, close, begin, end, row, col. Characters outside the table raise SyntaxFault.
+infix (`\\over`), money (the currency's unit), word, sep (`,` `;` `or` `and`), open, close, begin, end, row, col. Characters
+outside the table raise SyntaxFault.
 """
 
 from __future__ import annotations
@@ -39,27 +40,32 @@ _UNICODE = str.maketrans(
         "≤": r"\le ", "≥": r"\ge ", "⩽": r"\le ", "⩾": r"\ge ", "≠": r"\ne ", "√": r"\sqrt ", "∛": r"\cbrt ", "∞": r"\infty ", "∪": r"\cup ",
         "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ", "ø": r"\emptyset ", "±": r"\pm ", "∓": r"\mp ", "º": "°", "˚": "°", "∖": r"\setminus ",
         "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "ℚ": r"\mathbb{Q}", "ℕ": r"\mathbb{N}", "ℂ": r"\mathbb{C}", "\u00a0": " ", "\u2009": " ",
-        "\u202f": " ", "\u200b": "", "\u2061": "", "\ufeff": "", "’": "'", "′": "'", "“": '"', "”": '"', "％": "%", "，": ",", "；": ";", "：": ":",
-        "（": "(", "）": ")", "＝": "=", "＋": "+", "－": "-", "＜": "<", "＞": ">", "∧": r"\text{and}", "∨": r"\text{or}", "⟨": "(", "⟩": ")",
-        "ⅈ": "i", "ⅇ": "e", "¢": r"\text{ cents}", "€": "¤", "£": "¤", "¥": "¤",
+        "\u202f": " ", "\u200b": "", "\u2061": "", "\ufeff": "", "’": "'", "′": "'", "“": '"', "”": '"', "‘": "'",
+        "⩵": "=", "、": ",", "。": ".", "\u3000": " ", "∣": "|", "∥": "|", "∧": r"\text{and}", "∨": r"\text{or}", "⟨": "(", "⟩": ")",
+        "ⅈ": "i", "ⅇ": "e", "¢": r"\text{ cents}", "…": "...", "△": r"\triangle ", "∠": r"\angle ", "ℓ": r"\ell ",
     }
+    | {chr(0xFF01 + offset): chr(0x21 + offset) for offset in range(94)}
 )  # fmt: skip
 _GREEK = {"π": "pi", "α": "alpha", "β": "beta", "γ": "gamma", "δ": "delta", "ε": "epsilon", "θ": "theta", "λ": "lambda", "μ": "mu", "ν": "nu",
           "ρ": "rho", "σ": "sigma", "τ": "tau", "φ": "phi", "ϕ": "phi", "χ": "chi", "ψ": "psi", "ω": "omega", "Δ": "Delta", "Ω": "Omega",
           "Σ": "Sigma", "Γ": "Gamma", "Φ": "Phi"}  # fmt: skip
 GREEK = frozenset(_GREEK.values()) | {"varphi", "varepsilon", "vartheta", "eta", "zeta", "kappa", "xi", "ell", "iota", "Theta", "Lambda", "Pi", "Psi"}
 FUNCTIONS = words.word_set(
-    "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh ln log exp gcd lcm max min deg arccot arcsec arccsc floor ceil abs"
+    "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh ln log lg exp gcd lcm max min arccot arcsec arccsc floor ceil abs"
 )
+MONEY = {"¤": "dollar", "€": "euro", "£": "sterling", "¥": "yen", "₹": "rupee", "₽": "rouble", "₩": "won"}
+"""Currency signs and their units; `\\$` has become ¤ by then."""
 _RELATIONS = {"le": "≤", "leq": "≤", "leqslant": "≤", "ge": "≥", "geq": "≥", "geqslant": "≥", "lt": "<", "gt": ">", "ne": "≠", "neq": "≠", "in": "∈",
               "equiv": "≡", "eq": "="}  # fmt: skip
 _SETS = {"cup": "∪", "cap": "∩", "setminus": "\\", "backslash": "\\"}
 _OPERATORS = {"cdot": "*", "times": "*", "ast": "*", "div": "/", "pm": "±", "mp": "∓", "colon": ":", "ratio": ":"}
 _OPENERS = {"{": "{}", "lbrace": "{}", "langle": "(", "lvert": "|", "lbrack": "[", "lfloor": "⌊", "lceil": "⌈"}
 _CLOSERS = {"}": "{}", "rbrace": "{}", "rangle": ")", "rvert": "|", "rbrack": "]", "rfloor": "⌋", "rceil": "⌉"}
+_SHAPES = {"triangle": "△", "angle": "∠", "measuredangle": "∠", "square": "□", "odot": "⊙", "parallel": "∥", "perp": "⊥", "circledcirc": "⊙"}
+"""Signs before the name of a figure; part of the name."""
 _IGNORED = words.word_set(
-    "left right big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr displaystyle textstyle limits quad qquad hspace nobreak enspace thinspace "
-    "mathrm mathbf mathit mathsf boldsymbol bold operatorname mathop mathord rm bf it hline phantom bigg( ensuremath"
+    "left right big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr displaystyle textstyle limits quad qquad nobreak enspace thinspace "
+    "mathrm mathbf mathit mathsf boldsymbol bold operatorname mathop mathord rm bf it hline bigg( ensuremath"
 )
 _TEXT_COMMANDS = words.word_set("text textbf textit textrm textnormal mbox hbox mathrm mathbf mathsf mathit operatorname textsf emph")
 _WRAPPERS = words.word_set("overline vec hat widehat tilde bar underline boldsymbol overrightarrow boxed")
@@ -68,7 +74,15 @@ _GROUPED = re.compile(r"\d{1,3}(?P<sep>\{,\}|,\\!|\\,|\\;|\\ |\\!|,| )\d{3}(?:(?
 _MIXED = re.compile(r"\d+ +\d+/\d")
 _GROUPED_SAFE = re.compile(r"\d{1,3}(?P<sep>\{,\}|,\\!|\\,|\\!)\d{3}(?:(?P=sep)\d{3})*(?!\d)(?:\.\d+)?")
 _DECIMAL = re.compile(r"(?:\d+(?:\.\d+)?|\.\d+)")
-_REPEATING = re.compile(r"(\d*)\.(\d*)(?:\\(?:overline|bar|dot)\s*(?:\{\s*(\d{1,60})\s*\}|(\d))|\((\d{1,60})\))")
+_REPEATING = re.compile(
+    r"(\d*)\.(\d*)(?:\\(?:overline|bar)\s*(?:\{\s*(\d{1,60})\s*\}|(\d))|\((\d{1,60})\)(?![\d(])"
+    r"|\\dot\s*\{?(\d)\}?(?:(\d{0,60})\\dot\s*\{?(\d)\}?)?)"
+)
+"""0.1\\overline{6}, 0.1(6), and with a dot on the first and last digit of the cycle."""
+_SKIP = re.compile(r"\s*\*?\s*\{[^{}]{0,20}\}")
+_CONJUGATE = re.compile(r"\s*(?:\{\s*([A-Za-z]|\\[a-z]+|[^{}]*[-+*/^i][^{}]*)\s*\}|\s[A-Za-z])")
+"""What a bar makes another value of: one letter (a mean, a complement, a conjugate) or a sum; `AB` is a segment, `12` digits."""
+_POINT = re.compile(r"\.(?:\d|\\(?:overline|bar|dot)\b)")
 _EXPONENT = re.compile(r"[eE]([+-]?\d{1,4})(?![\w.])")
 _COMMAND = re.compile(r"\\([A-Za-z]+|.)", re.DOTALL)
 _LETTERS = re.compile(r"[A-Za-z]+(?:'[a-z]+|(?:\.[A-Za-z])+\.?(?![A-Za-z]))?")
@@ -118,7 +132,7 @@ class Tokenizer:
             if char.isspace() or char == "~":
                 self.spaced = True
                 self.position += 1
-            elif char in "0123456789" or (char == "." and text[self.position + 1 : self.position + 2].isdigit()):
+            elif char in "0123456789" or (char == "." and _POINT.match(text, self.position)):
                 self._number(in_text)
             elif char.isascii() and char.isalpha():
                 self._letters(in_text)
@@ -131,7 +145,8 @@ class Tokenizer:
         text, start = self.text, self.position
         repeating = _REPEATING.match(text, start)
         if repeating:
-            whole, fixed, cycle = repeating.group(1), repeating.group(2), repeating.group(3) or repeating.group(4) or repeating.group(5)
+            whole, fixed, *cycles = repeating.groups(default="")
+            cycle = "".join(cycles)
             if len(whole) + len(fixed) > MAX_DIGITS:
                 raise SyntaxFault("too many digits")
             base = Fraction(int((whole + fixed) or "0"), 10 ** len(fixed))
@@ -181,6 +196,8 @@ class Tokenizer:
             self._greek(plain)
         elif lower in ("infinity", "infty", "inf", "oo"):
             self._emit("const", "∞")
+        elif plain in ("choose", "over") and self.out and not in_text:
+            self._emit("infix", plain)
         elif plain == "U" and self.out and self.out[-1].text in ")]" and self.text[self.position :].lstrip()[:1] in ("(", "["):
             self._emit("set", "∪")
         elif len(plain) == 1:
@@ -223,8 +240,8 @@ class Tokenizer:
             self._emit("col", "&")
         elif char in _SYMBOLS:
             self._emit("op", char, in_text=in_text)
-        elif char == "¤":
-            self._emit("money", "¤")
+        elif char in MONEY:
+            self._emit("money", MONEY[char])
         elif char in '$"' or (char == "." and in_text):
             self.spaced = True
         else:
@@ -279,12 +296,22 @@ class Tokenizer:
             self._emit("func", name)
         elif name in GREEK:
             self._greek(name)
+        elif name in ("overline", "bar") and _CONJUGATE.match(self.text, self.position):
+            self._emit("func", "conj")
         elif name in _IGNORED or name in _WRAPPERS:
             self.spaced = True
         elif name in "%":
             self._emit("op", "%")
-        elif name == "$":
-            self._emit("money", "¤")
+        elif name in "$":
+            self._emit("money", "dollar")
+        elif name in ("over", "choose"):
+            self._emit("infix", name)
+        elif name in _SHAPES:
+            self._emit("name", _SHAPES[name])
+        elif name in ("hspace", "vspace", "phantom", "color", "label"):
+            skipped = _SKIP.match(self.text, self.position)
+            self.position = skipped.end() if skipped else self.position
+            self.spaced = True
         elif name in ",;: !>()[] \n\t":
             self.spaced = name != "!" or self.spaced
         else:
@@ -316,7 +343,7 @@ class Tokenizer:
         content = self.text[start + 1 : end].strip()
         if name == "operatorname" and content in FUNCTIONS:
             self._emit("func", content)
-        elif name.startswith("math") and len(content) == 1:
+        elif name.startswith("math") and len(content) == 1 and content.isalpha():
             self._emit("name", content)
         else:
             self.position = start + 1

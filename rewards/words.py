@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from fractions import Fraction
 
 
@@ -48,11 +49,13 @@ _UNIT_SPELLINGS = {
     "am": "am",
     "pm": "pm",
     "unit": "unit units",
+    "th": "th",
+    "yen": "yen",
+    "rupee": "rupee rupees",
 }
 UNITS: dict[str, str] = {spelling: unit for unit, spellings in _UNIT_SPELLINGS.items() for spelling in spellings.split()}
 
-BARE_UNITS = frozenset(word for word in UNITS if len(word) >= 2) - {"in", "am", "mi", "day", "l"}
-"""Units recognised outside \\text without a space question; one-letter names are variables there."""
+_DERIVED = {"mph": (("mi", 1), ("h", -1)), "kph": (("km", 1), ("h", -1))}
 
 SCALES: dict[str, Fraction] = {
     "hundred": Fraction(100),
@@ -62,6 +65,9 @@ SCALES: dict[str, Fraction] = {
     "trillion": Fraction(10**12),
     "dozen": Fraction(12),
 }
+
+SIGNS = {"negative": -1, "minus": -1, "positive": 1, "plus": 1}
+"""Words for a sign, before a number."""
 
 PERCENT = frozenset({"percent", "percents", "percentage", "pct"})
 
@@ -76,19 +82,36 @@ NOT_A_NOUN = word_set(
 SHORT_WORDS = word_set(
     "yes no odd the not one two six ten men day cow cat dog red any all his her its are was has had can may see sum set few old new "
     "boy bus car pen egg box bag hat cup pie jar toy bed job mile am pm is it of to in on at as by an or and for per if so be he we us do go "
+    "sq cu deg usd eur gbp inr rs mr ms mrs dr vs "
     "null nan zoo jan feb mar apr jun jul aug sep oct nov dec mon tue wed thu fri sat sun tie win man ant bee fox hen pig elk ape"
 )
 """Runs of two or three letters that are words; other short runs are products of variables (`xy`, `abc`)."""
 
-_NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve"
-NUMBER_WORDS = {word: Fraction(number) for number, word in enumerate(_NUMBERS.split())}
-
 CONNECTIVES = {"and": "and", "or": "or"}
+
+
+_MONTHS = "january february march april may june july august september october november december"
+_SHORT_MONTHS = {month[:3]: month for month in _MONTHS.split()} | {"sept": "september"}
+_ARTICLES = frozenset({"a", "an", "the"})
+_PLACE = re.compile(r"(\d) ?(?:st|nd|rd|th)\b")
+
+
+def plain_words(text: str) -> str:
+    """Lower-case words without a leading article, with whole names of months and plain numbers of days."""
+    found = _PLACE.sub(r"\1", text).replace(" solutions", " solution").split()
+    found = found[1:] if len(found) > 1 and found[0] in _ARTICLES else found
+    return " ".join(_SHORT_MONTHS.get(word.rstrip("."), word) for word in found)
+
+
+def units_agree(left: str, right: str) -> bool:
+    """Equal, or both called pounds."""
+    return left == right or {left, right} == {"lb", "sterling"}
 
 
 def canonical_unit(parts: list[tuple[str, int]]) -> str:
     """`[("cm", 2)]` → "cm^2"; sorted, so that the order of writing does not matter."""
     powers: dict[str, int] = {}
     for name, power in parts:
-        powers[name] = powers.get(name, 0) + power
+        for base, exponent in _DERIVED.get(name, ((name, 1),)):
+            powers[base] = powers.get(base, 0) + exponent * power
     return "·".join(name if power == 1 else f"{name}^{power}" for name, power in sorted(powers.items()) if power)

@@ -130,7 +130,8 @@ def test_bad_requests_say_what_is_wrong(tmp_path: Path) -> None:
     ],
 )
 def test_votes_of_equal_value_form_one_class(votes: list[str], gold: str, expected: float) -> None:
-    from rewards.math_equal import cluster, equivalent
+    from rewards.math_equal import equivalent
+    from rewards.voting import cluster
 
     samples = [_sample(vote, correct=equivalent(gold, vote)) for vote in votes]
     assert maj_at_k(_votes(samples, cluster), "correct", len(votes)) == expected
