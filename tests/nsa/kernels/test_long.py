@@ -1,5 +1,7 @@
 """Positions up to a million, addresses beyond 2³¹ elements, and the memory that the kernels may take."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -11,6 +13,13 @@ from nsa.testing import AttentionInputs, cumulative, make_inputs, relative_rms
 pytestmark = pytest.mark.gpu
 PAPER = SparsityConfig()
 MILLION = 2**20
+
+
+@pytest.fixture(autouse=True)
+def memory_for_the_others() -> Iterator[None]:
+    """Test processes share the GPU: what a test took goes back when it ends."""
+    yield
+    torch.cuda.empty_cache()
 
 
 def run(inputs: AttentionInputs, d_out: torch.Tensor, backend: str, **options) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
