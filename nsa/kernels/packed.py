@@ -4,7 +4,8 @@
     q ─────────── compression attention ─ lse ─▶ block choice ┴─▶ selected attention ─▶ window ─▶ out
 
 Each branch adds gate · its output to `out`; branch outputs are kept only where a backward pass follows (the gates'
-gradients need them). Both are custom operators with fake implementations, so that `torch.compile` traces around them.
+gradients need them). Eager calls go through an autograd function; while `torch.compile` traces, through custom operators with fake
+implementations, so that it need not look inside. (A custom operator costs the host several times as much as an autograd function.)
 Leaves out how rows are tiled (tiles.py) and every kernel.
 """
 
@@ -45,18 +46,11 @@ def _plan_of(query_ends: Tensor, key_ends: Tensor, settings: list[int], device: 
     return _plan(tuple(query_ends.tolist()), tuple(key_ends.tolist()), tuple(settings), device)
 
 
-@torch.library.custom_op("nsa_grpo::sparse_attention", mutates_args=())
-def sparse_attention(
+def attention_forward(
     q: Tensor, kc: Tensor, vc: Tensor, k_slc: Tensor, v_slc: Tensor, k_win: Tensor, v_win: Tensor, gates: Tensor, selection: Tensor | None,
-    query_ends: Tensor, key_ends: Tensor, settings: list[int], scale: float, keep: bool, deterministic: bool,
+    plan: KernelPlan, scale: float, keep: bool, deterministic: bool,
 ) -> list[Tensor]:  # fmt: skip
-    """Output `[T, Hq, Dv]` and the KEPT tensors (branch outputs empty unless `keep`).
-
-    Args:
-        kc, vc: compressed tokens `[C, Hkv, …]`; the others as in `nsa_attention`. query_ends, key_ends: int `[N+1]`, on
-            the CPU. settings: SETTINGS of the configuration.
-    """
-    plan = _plan_of(query_ends, key_ends, settings, q.device)
+    """Output `[T, Hq, Dv]` and the KEPT tensors (branch outputs empty unless `keep`). kc, vc: compressed tokens `[C, Hkv, …]`."""
     config = plan.config
     out = q.new_empty(*q.shape[:2], v_slc.shape[2])
     gate = gates.unbind(-1)
@@ -76,6 +70,16 @@ def sparse_attention(
     return [out, chosen, *branches, lse_cmp, lse_slc, lse_win]
 
 
+@torch.library.custom_op("nsa_grpo::sparse_attention", mutates_args=())
+def sparse_attention(
+    q: Tensor, kc: Tensor, vc: Tensor, k_slc: Tensor, v_slc: Tensor, k_win: Tensor, v_win: Tensor, gates: Tensor, selection: Tensor | None,
+    query_ends: Tensor, key_ends: Tensor, settings: list[int], scale: float, keep: bool, deterministic: bool,
+) -> list[Tensor]:  # fmt: skip
+    """`attention_forward`; query_ends, key_ends: int `[N+1]`, on the CPU. settings: SETTINGS of the configuration."""
+    plan = _plan_of(query_ends, key_ends, settings, q.device)
+    return attention_forward(q, kc, vc, k_slc, v_slc, k_win, v_win, gates, selection, plan, scale, keep, deterministic)
+
+
 @sparse_attention.register_fake
 def _(
     q: Tensor, kc: Tensor, vc: Tensor, k_slc: Tensor, v_slc: Tensor, k_win: Tensor, v_win: Tensor, gates: Tensor, selection: Tensor | None,
@@ -88,16 +92,14 @@ def _(
     return [out, chosen, *branches, *(q.new_empty(num_queries, num_heads, dtype=torch.float32) for _ in range(3))]
 
 
-@torch.library.custom_op("nsa_grpo::sparse_attention_backward", mutates_args=())
-def sparse_attention_backward(
+def attention_backward(
     d_out: Tensor, q: Tensor, kc: Tensor, vc: Tensor, k_slc: Tensor, v_slc: Tensor, k_win: Tensor, v_win: Tensor, gates: Tensor, kept: list[Tensor],
-    query_ends: Tensor, key_ends: Tensor, settings: list[int], scale: float, deterministic: bool,
+    plan: KernelPlan, scale: float, deterministic: bool,
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of q, kc, vc, k_slc, v_slc, k_win, v_win and gates.
 
     dq is added up over the branches in q's dtype: in bf16 its two more roundings are an error of about .1 %, a quarter of
     what the products' operands bring, and an fp32 sum would take as much memory as two branch outputs."""
-    plan = _plan_of(query_ends, key_ends, settings, q.device)
     config = plan.config
     chosen, out_cmp, out_slc, out_win, lse_cmp, lse_slc, lse_win = kept
     d_gates, delta = gate_backward(d_out, gates, (out_cmp, out_slc, out_win))
@@ -110,6 +112,16 @@ def sparse_attention_backward(
     window = Band("window", plan, config)
     dk_win, dv_win = banded_backward(d_out, q, k_win, v_win, lse_win, deltas[2], gate[2], window, scale=scale, dq=dq, dq_before=dq)
     return [dq, dkc, dvc, dk_slc, dv_slc, dk_win, dv_win, d_gates]
+
+
+@torch.library.custom_op("nsa_grpo::sparse_attention_backward", mutates_args=())
+def sparse_attention_backward(
+    d_out: Tensor, q: Tensor, kc: Tensor, vc: Tensor, k_slc: Tensor, v_slc: Tensor, k_win: Tensor, v_win: Tensor, gates: Tensor, kept: list[Tensor],
+    query_ends: Tensor, key_ends: Tensor, settings: list[int], scale: float, deterministic: bool,
+) -> list[Tensor]:  # fmt: skip
+    """`attention_backward`."""
+    plan = _plan_of(query_ends, key_ends, settings, q.device)
+    return attention_backward(d_out, q, kc, vc, k_slc, v_slc, k_win, v_win, gates, kept, plan, scale, deterministic)
 
 
 @sparse_attention_backward.register_fake
@@ -142,6 +154,28 @@ def _backward(ctx: Any, gradients: list[Tensor | None]) -> tuple[Any, ...]:
 sparse_attention.register_autograd(_backward, setup_context=_setup)
 
 
+class SparseAttention(torch.autograd.Function):
+    """`attention_forward`'s output and selection, of the tensors q to gates."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        *tensors, selection, plan, scale, deterministic = inputs
+        out, *kept = attention_forward(*tensors, selection, plan, scale, True, deterministic)
+        ctx.save_for_backward(*tensors, *kept)
+        ctx.rest = plan, scale, deterministic
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(kept[0])
+        return out, kept[0]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        d_out = gradients[0]
+        if d_out is None:
+            return (None,) * 12
+        saved = ctx.saved_tensors
+        return (*attention_backward(d_out.contiguous(), *saved[:-KEPT], list(saved[-KEPT:]), *ctx.rest), *[None] * 4)
+
+
 def packed_attention(
     q: Tensor, kv: BranchKV, gates: Tensor, *, phi: Phi | None, plan: KernelPlan, selection: Tensor | None, return_selection: bool, scale: float,
     deterministic: bool,
@@ -166,6 +200,11 @@ def packed_attention(
         kc, vc = (compress(x, weights, plan, config, deterministic=deterministic) for x, weights in pairs)
         inputs = (q, kc, vc, k_slc, v_slc, k_win, v_win, gates)
         keep = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-        settings = [getattr(config, name) for name in SETTINGS]
-        out, chosen, *_ = sparse_attention(*inputs, selection, plan.host_query_ends, plan.host_key_ends, settings, scale, keep, deterministic)
+        if torch.compiler.is_compiling():
+            settings = [getattr(config, name) for name in SETTINGS]
+            out, chosen, *_ = sparse_attention(*inputs, selection, plan.host_query_ends, plan.host_key_ends, settings, scale, keep, deterministic)
+        elif keep:
+            out, chosen = SparseAttention.apply(*inputs, selection, plan, scale, deterministic)
+        else:
+            out, chosen, *_ = attention_forward(*inputs, selection, plan, scale, keep, deterministic)
     return (out, chosen.to(dtype)) if return_selection else out
