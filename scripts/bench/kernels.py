@@ -44,7 +44,7 @@ from nsa.kernels.selected import selected_backward, selected_forward
 from nsa.kernels.tiles import KernelPlan
 from nsa.testing import clear_choices, make_inputs, relative_rms, same_blocks
 from scripts.bench.attention.first_call import KINDS, LENGTH, first_call_seconds
-from scripts.bench.attention.peers import NAMES, peer_rows
+from scripts.bench.attention.peers import NAMES, peer_decode_rows, peer_rows
 from scripts.bench.attention.timing import Row, graph_ms, measure_rates, peak_gb, render, time_ms
 from scripts.bench.attention.workload import CONFIG, DTYPE, LAYOUTS, Problem, make_problem, make_step, random_selection, visible_pairs, whole_work
 
@@ -268,6 +268,8 @@ def rows_of(layout: str, length: int, args: argparse.Namespace) -> Iterator[Row]
     if "decode" in parts:
         for batch in args.batches:
             yield from decode_rows(layout, length, batch, 4 * repeats)
+            if "peers" in parts and "sfnsa" in args.peer_names:
+                yield from peer_decode_rows(layout, length, batch, 4 * repeats)
     torch.cuda.empty_cache()
 
 

@@ -2,7 +2,7 @@
 
 | name | package | what it computes here |
 |---|---|---|
-| sfnsa | mdy666/Scalable-Flash-Native-Sparse-Attention | all of NSA, φ = mean |
+| sfnsa | mdy666/Scalable-Flash-Native-Sparse-Attention | all of NSA, φ = mean; decode too |
 | xunhao | XunhaoLai/native-sparse-attention-triton | the same |
 | fsa | Relaxed-System-Lab/Flash-Sparse-Attention | the same; its own selected attention for groups of up to 8, as its module does |
 | fla | fla-org/flash-linear-attention, `parallel_nsa` | compression with l = d = 64, which is less work; groups of 16 and more |
@@ -20,8 +20,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from scripts.bench.attention.timing import Row, peak_gb, time_ms
-from scripts.bench.attention.workload import CONFIG, LAYOUTS, Problem, visible_pairs, whole_work
+from nsa.blocks import num_compressed
+from scripts.bench.attention.timing import Row, graph_ms, peak_gb, time_ms
+from scripts.bench.attention.workload import CONFIG, DTYPE, LAYOUTS, Problem, visible_pairs, whole_work
 
 Forward = Callable[[], Tensor]
 
@@ -166,6 +167,32 @@ def peer_rows(problem: Problem, repeats: int, names: tuple[str, ...] = NAMES) ->
         try:
             yield from measured(problem, name, make(), repeats, work)
         except Exception as error:  # noqa: BLE001 — whatever a peer does, the others go on
-            lines = str(error).strip().splitlines() or [""]
-            print(f"{name} {layout} {length}: left out ({type(error).__name__}: {lines[0][:160]})", file=sys.stderr, flush=True)
+            leave_out(f"{name} {layout} {length}", error)
         torch.cuda.empty_cache()
+
+
+def leave_out(what: str, error: Exception) -> None:
+    lines = str(error).strip().splitlines() or [""]
+    print(f"{what}: left out ({type(error).__name__}: {lines[0][:160]})", file=sys.stderr, flush=True)
+
+
+def peer_decode_rows(layout: str, length: int, batch: int, repeats: int) -> Iterator[Row]:
+    """sfnsa's decode step as a CUDA graph: shuffled pages of 256 tokens, compressed tokens in pages of the same cache, none of them new."""
+    num_heads, heads, dim = LAYOUTS[layout]
+    page, compressed = 256, num_compressed(length, CONFIG)
+    columns, cmp_columns = -(-length // page), -(-compressed // page)
+    try:
+        from flash_nsa import nsa_decode as decode
+
+        table = torch.randperm(batch * (columns + cmp_columns), device="cuda").int().view(batch, -1)
+        k, v = (torch.randn(table.numel(), page, heads, dim, device="cuda", dtype=DTYPE) for _ in range(2))
+        q, gates = torch.randn(batch, num_heads, dim, device="cuda", dtype=DTYPE), torch.rand(batch, num_heads, 3, device="cuda", dtype=DTYPE)
+        lengths, none = torch.full((batch,), length, dtype=torch.int32, device="cuda"), torch.full((batch,), -1, dtype=torch.int32, device="cuda")
+        tables = table[:, :columns].contiguous(), table[:, columns:].contiguous()
+        most = {"fixed_y_maxlen": 1 << compressed.bit_length(), "fixed_num_slc_blocks": max(16, length // CONFIG.select_block_size)}
+        ms = graph_ms(lambda: decode(q, k, v, gates, lengths, tables[0], none, tables[1], **most), repeats)
+    except Exception as error:  # noqa: BLE001 — as above
+        leave_out(f"peer sfnsa decode {layout} {length}", error)
+        return
+    tokens = compressed + CONFIG.num_selected_blocks * CONFIG.select_block_size + CONFIG.window_size
+    yield Row(layout=layout, length=length, name=f"peer sfnsa decode, batch {batch}", ms=ms, bytes=4.0 * dim * heads * batch * tokens)
