@@ -1,4 +1,4 @@
-"""Rows as plain dictionaries from JSONL, JSON, CSV (each also .gz), parquet, or a folder or hub name for `datasets`.
+"""Rows as plain dictionaries from JSONL, JSON, CSV (each also .gz), parquet, a folder or hub name for `datasets`, or reasoning-gym.
 
 Leaves out what the columns mean (grpo/data.py, grpo/sft_data.py). Every fault is one error that names file and row.
 """
@@ -17,6 +17,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from grpo.gym_data import PREFIX, read_gym
+
 _SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
 
 
@@ -30,6 +32,8 @@ def read_records(path_or_name: str | Path, *, split: str = "train", limit: int |
         ValueError: unknown file type, broken content, or a hub dataset that cannot be loaded.
     """
     name = str(path_or_name)
+    if name.startswith(PREFIX):
+        return islice(read_gym(name), limit)
     path = Path(name).expanduser()
     if path.is_file():
         records = _read_file(path)

@@ -128,6 +128,14 @@ def answer_span(text: str) -> str | None:
     return span.strip() or None
 
 
+def answer_text(text: str) -> str | None:
+    """The answer as it was written: all of the last <answer>…</answer>, line breaks too; without tags like `answer_span`."""
+    visible = _visible(text) if len(text) <= MAX_COMPLETION else None
+    if visible is None or "<answer>" not in text:
+        return answer_span(text)
+    return visible.strip() or None
+
+
 def _marked(text: str) -> str | None:
     if "\\boxed" in text or "\\fbox" in text:
         boxed = _boxed(text)

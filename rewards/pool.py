@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from rewards.base import Outcome, Sample, Style
+from rewards.registry import MEMORY_MB
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +101,7 @@ class WorkerPool:
     """`workers` processes that run `functions`, and a spare one.
 
     Args:
-        deadline_s: seconds one call may take. memory_mb: address space of a worker, None for no limit.
+        deadline_s: seconds one call may take. memory_mb: address space of a worker; None: registry.MEMORY_MB's, or no limit.
         save_dir: folder that gets the sample of every timeout and crash as JSON. context: values for functions that name
             such a parameter (`prefilled`).
 
@@ -133,7 +134,7 @@ class WorkerPool:
                     "sys_path": [os.path.abspath(entry) for entry in sys.path],
                     "functions": [{"name": spec.name, "arguments": dict(spec.arguments)} for spec in functions],
                     "context": dict(context or {}),
-                    "memory_mb": memory_mb,
+                    "memory_mb": memory_mb or max((MEMORY_MB.get(spec.name, 0) for spec in functions), default=0) or None,
                 }
             )
         except TypeError as error:

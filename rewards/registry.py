@@ -19,17 +19,26 @@ from rewards.base import Reward, detect_style, last_line
 
 BUILTIN: dict[str, str] = {
     "accuracy": "rewards.correctness:accuracy",
+    "countdown": "rewards.countdown:countdown",
     "format": "rewards.format:format_reward",
     "tag_count": "rewards.format:tag_count",
     "language": "rewards.language:language_share",
     "length": "rewards.length:short_enough",
+    "math_verify": "rewards.math_verify:math_verify",
     "overlong": "rewards.length:overlong",
+    "reasoning_gym": "rewards.gym:reasoning_gym",
     "repetition": "rewards.length:repetition",
 }
 """Built-in name → module:function; imported when asked for."""
 
 REQUIRED: dict[str, tuple[str, ...]] = {"length": ("target_tokens", "max_tokens"), "overlong": ("max_tokens", "buffer_tokens")}
 """Arguments that a built-in reward cannot do without."""
+
+EXTRAS: dict[str, tuple[str, str]] = {"math_verify": ("math_verify", "math-verify"), "reasoning_gym": ("reasoning_gym", "reasoning-gym")}
+"""Built-in reward → (package it imports, our extra that installs it)."""
+
+MEMORY_MB: dict[str, int] = {"math_verify": 4096}
+"""Address space of a worker that runs such a reward, where the configuration sets none."""
 
 
 def names() -> list[str]:
@@ -53,11 +62,15 @@ def load(name: str, arguments: Mapping[str, Any] | None = None, context: Mapping
         missing = [key for key in REQUIRED.get(name, ()) if key not in (arguments or {})]
         if missing:
             raise ValueError(f"reward {name} needs {', '.join(missing)} in its arguments")
+        if name == "language" and (arguments or {}).get("detector") == "py3langid":
+            _require("reward language with detector py3langid", "py3langid", "language")
     return Reward(name=name, function=function, style=style, parameters=parameters, keywords=keywords, arguments={**given, **(arguments or {})})
 
 
 def _find(name: str) -> Callable[..., Any]:
     target = BUILTIN.get(name, name)
+    if name in EXTRAS:
+        _require(f"reward {name}", *EXTRAS[name])
     module_name, colon, function_name = target.rpartition(":")
     if not colon or not module_name or not function_name:
         near = difflib.get_close_matches(name, BUILTIN, n=1)
@@ -71,6 +84,16 @@ def _find(name: str) -> Callable[..., Any]:
     if not callable(function):
         raise ValueError(f"reward {name}: {function_name} in {module_name} is not callable")
     return function
+
+
+def _require(what: str, package: str, extra: str) -> None:
+    """Import an optional package now: some take seconds, which must not count against the first call's deadline."""
+    try:
+        importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        if error.name != package:
+            raise ValueError(f"{what}: {package} cannot be imported: {last_line(error)}") from error
+        raise ValueError(f"{what} needs a package that is not installed: pip install -e '.[{extra}]' (in the checkout of nsa-grpo)") from error
 
 
 def _load_file(name: str, path: Path) -> Any:
