@@ -85,7 +85,7 @@ def _convert(args: argparse.Namespace) -> int:
 
 
 def _eval(args: argparse.Namespace) -> int:
-    from grpo.evaluate import run_eval
+    from grpo.eval_run import run_eval
 
     run_eval(args.checkpoints, data=args.data, overrides=args.overrides, output=args.output)
     return 0
@@ -187,13 +187,14 @@ def build_parser() -> argparse.ArgumentParser:
         verbs,
         "eval",
         _eval,
-        "pass@k, maj@k and avg@k with intervals",
+        "pass@k, maj@k and avg@k with intervals, for checkpoints and datasets",
         "nsa-grpo eval runs/gsm8k/checkpoints/step-000100 --data gsm8k_test.jsonl.gz",
         "nsa-grpo eval base tuned --data openai/gsm8k:main evaluation.samples=16 evaluation.k=[1,8,16] data.eval_limit=200",
+        "nsa-grpo eval tuned --data gsm8k_test.jsonl.gz --data math500.jsonl.gz --output evals/tuned evaluation.samples=64",
     )
     evaluate.add_argument("checkpoints", metavar="CHECKPOINT", nargs="+", help="folder or hub name; several are compared")
-    evaluate.add_argument("--data", required=True, help="problems: file, folder or hub name")
-    evaluate.add_argument("--output", default=None, help="folder for the report and the JSONL of every completion")
+    evaluate.add_argument("--data", required=True, action="append", help="problems: file, folder or hub name; give it again for several")
+    evaluate.add_argument("--output", default=None, help="folder for reports, figures and every completion; an interrupted evaluation goes on there")
     _overrides(evaluate)
 
     sample = _add(

@@ -144,3 +144,7 @@ class EvalReport:
     extras: dict[str, float]
     """Numbers without an interval: well_formed share, truncated share, mean length, tokens/s."""
     completions_path: str | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    """What was asked of the sampler and what its completions depend on besides: see grpo/evaluate.py."""
+    curves: dict[str, dict[int, Metric]] = field(default_factory=dict)
+    """`pass` and `maj`: K → value, for K = 1, 2, 4, … up to the number of samples."""

@@ -1,53 +1,35 @@
-"""Evaluation of a checkpoint: sampled and greedy completions, scored and summed up as an EvalReport.
-
-    nsa-grpo eval runs/gsm8k/checkpoints/final --data test.jsonl evaluation.samples=16 evaluation.k=[1,8,16]
+"""Evaluation of a policy: sampled and greedy completions, scored and summed up as an EvalReport.
 
     prompts → engine (samples, greedy) → scorer → votes of equal value in one class → metrics.py → EvalReport, JSONL
 
-`evaluate` works on an engine and scorer that exist already (the trainer's); `run_eval` loads checkpoints for the CLI.
-Leaves out the statistics themselves (grpo/metrics.py) and plots (grpo/report.py).
+Works on an engine and scorer that exist already: the trainer's, or those of `nsa-grpo eval` (grpo/eval_run.py). Leaves out
+the statistics themselves (grpo/metrics.py), files (grpo/eval_store.py) and plots.
 """
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, Protocol
 
 from rich.table import Table
 
-from grpo.config import EvaluationSection, RunConfig, apply_overrides, build_config
+from grpo.config import EvaluationSection
 from grpo.data_types import EvalReport, Group, Metric, Prompt, Score
+from grpo.eval_store import GREEDY, CompletionStore, EvalSample, fingerprint, finished_report, plain, row_of
 from grpo.metrics import clustered_interval, maj_at_k, pass_at_k, wilson
-from grpo.prompt_settings import load_prompt_settings
 from grpo.rollout.engine import Engine, Sampling
 
 Cluster = Callable[[Sequence[str]], Sequence[int]]
 """Answers → one class number each, equal for answers of equal value; negative for an answer that says nothing."""
-
-GREEDY = -1
-"""The sample number of greedy completions in the JSONL."""
 
 
 class GroupScorer(Protocol):
     """What `evaluate` needs of grpo.scoring.Scorer."""
 
     def score(self, groups: Iterable[Group]) -> Iterator[tuple[Group, tuple[Score, ...]]]: ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Sample:
-    """What stays in memory of one completion."""
-
-    correct: bool
-    answer: str | None
-    well_formed: bool
-    truncated: bool
-    num_tokens: int
-    unscored: bool
 
 
 def evaluate(
@@ -66,6 +48,8 @@ def evaluate(
     reward: str = "accuracy",
     seed: int | None = None,
     cluster: Cluster | None = None,
+    resume: bool = False,
+    identity: Mapping[str, Any] | None = None,
 ) -> EvalReport:
     """Sample every prompt `section.samples` times (and once greedily) and report pass@k, maj@k, avg@n and greedy accuracy.
 
@@ -79,9 +63,11 @@ def evaluate(
         jsonl_path: every completion goes there, one line each, and the report beside it as .json.
         seed: sampling seed; None: section.seed.
         cluster: groups wrong answers of equal value; None: `rewards.voting.cluster`.
+        resume: go on with what `jsonl_path` has; a complete evaluation is only read. identity: what else the completions
+            depend on (weights, template, rewards), kept in the report's settings and compared when resuming.
 
     Raises:
-        ValueError: no prompts, a prompt id twice, or a scorer without `reward`.
+        ValueError: no prompts, a prompt id twice, a scorer without `reward`, or `resume` with other settings.
     """
     if not prompts:
         raise ValueError(f"evaluation needs at least one problem, got none{f' from {dataset}' if dataset else ''}")
@@ -93,28 +79,41 @@ def evaluate(
         temperature=section.temperature, top_p=section.top_p, top_k=section.top_k, max_tokens=limit, stop=stop, seed=seed, group_size=section.samples
     )
     greedy = Sampling(temperature=0.0, max_tokens=limit, stop=stop, seed=seed)
+    request = {name: value for name, value in asdict(sampled).items() if name not in ("group_size", "record_selection")}
+    what = {"samples": section.samples, "greedy": section.greedy, "prefilled": prefilled, "reward": reward, "data": fingerprint(prompts)}
+    settings = plain({**request, **what, **(identity or {})})
+    done = finished_report(jsonl_path, settings) if resume and jsonl_path is not None else None
+    if done is not None and all(f"pass@{k}" in done.metrics for k in section.k):
+        return done
     start = time.perf_counter()
-    if jsonl_path is not None:
-        jsonl_path.parent.mkdir(parents=True, exist_ok=True)
-    file = jsonl_path.open("w", encoding="utf-8") if jsonl_path is not None else None
-    try:
-        samples = dict(_scored(engine, scorer, prompts, sampled, reward, prefilled, file, first_sample=0))
-        greedy_samples = dict(_scored(engine, scorer, prompts, greedy, reward, prefilled, file, first_sample=GREEDY)) if section.greedy else {}
-    finally:
-        if file is not None:
-            file.close()
+    with CompletionStore(jsonl_path, settings, num_samples=section.samples, resume=resume) as store:
+        samples = store.sampled | dict(_scored(engine, scorer, _missing(prompts, store.sampled), sampled, reward, prefilled, store, greedy=False))
+        new = [*samples.values()][len(store.sampled) :]
+        greedy_samples: dict[str, list[EvalSample]] = {}
+        if section.greedy:
+            greedy_samples = store.greedy | dict(
+                _scored(engine, scorer, _missing(prompts, store.greedy), greedy, reward, prefilled, store, greedy=True)
+            )
+            new += [*greedy_samples.values()][len(store.greedy) :]
+    problems = [samples[prompt.prompt_id] for prompt in prompts]
+    metrics, curves = _metrics(problems, greedy_samples, section, cluster or _math_cluster)
     report = EvalReport(
         dataset=dataset,
         checkpoint=checkpoint,
         num_problems=len(prompts),
         samples_per_problem=section.samples,
-        metrics=_metrics([samples[prompt.prompt_id] for prompt in prompts], greedy_samples, section, cluster or _math_cluster),
-        extras=_extras([*samples.values()], [*greedy_samples.values()], step, time.perf_counter() - start),
+        metrics=metrics,
+        extras=_extras(problems, new, step, time.perf_counter() - start),
         completions_path=None if jsonl_path is None else str(jsonl_path),
+        settings=settings,
+        curves=curves,
     )
-    if jsonl_path is not None:
-        save_report(report, jsonl_path.with_suffix(".json"))
+    store.finish(report)
     return report
+
+
+def _missing(prompts: Sequence[Prompt], done: Mapping[str, Any]) -> list[Prompt]:
+    return [prompt for prompt in prompts if prompt.prompt_id not in done]
 
 
 def _math_cluster(answers: Sequence[str]) -> Sequence[int]:
@@ -130,20 +129,22 @@ def _scored(
     sampling: Sampling,
     reward: str,
     prefilled: bool,
-    file: TextIO | None,
+    store: CompletionStore,
     *,
-    first_sample: int,
-) -> Iterator[tuple[str, list[_Sample]]]:
+    greedy: bool,
+) -> Iterator[tuple[str, list[EvalSample]]]:
     """Generate, score and write down; yields (prompt id, its samples) as the groups come."""
     from rewards.format import is_well_formed
 
+    if not prompts:
+        return
     for group, scores in scorer.score(engine.generate(prompts, sampling)):
-        samples = []
-        for number, (completion, score) in enumerate(zip(group.completions, scores, strict=True), start=first_sample):
+        samples, rows = [], []
+        for number, (completion, score) in enumerate(zip(group.completions, scores, strict=True)):
             if reward not in score.parts:
                 raise ValueError(f"evaluation counts the reward {reward!r} as correctness, but the scorer only has {', '.join(score.parts)}")
             value = score.parts[reward]
-            sample = _Sample(
+            sample = EvalSample(
                 correct=value is not None and value >= 1,
                 answer=score.answer,
                 well_formed=is_well_formed(completion.text, prefilled=prefilled),
@@ -152,27 +153,13 @@ def _scored(
                 unscored=value is None or reward in score.timed_out,
             )
             samples.append(sample)
-            if file is not None:
-                row = {
-                    "prompt_id": group.prompt.prompt_id,
-                    "sample": "greedy" if first_sample == GREEDY else number,
-                    "question": group.prompt.question,
-                    "gold": group.prompt.answer,
-                    "text": completion.text,
-                    "answer": score.answer,
-                    "correct": sample.correct,
-                    "scores": dict(score.parts),
-                    "well_formed": sample.well_formed,
-                    "finish_reason": completion.finish_reason,
-                    "num_tokens": sample.num_tokens,
-                }
-                file.write(json.dumps(row) + "\n")
-        if file is not None:
-            file.flush()
+            name = GREEDY if greedy else number
+            rows.append(row_of(group.prompt, name, sample, text=completion.text, finish_reason=completion.finish_reason, scores=score.parts))
+        store.write(rows)
         yield group.prompt.prompt_id, samples
 
 
-def _votes(samples: Sequence[_Sample], cluster: Cluster) -> list[str | int | None]:
+def _votes(samples: Sequence[EvalSample], cluster: Cluster) -> list[str | int | None]:
     """One class label per sample: "correct", the number of a class of wrong answers, or None."""
     wrong = [index for index, sample in enumerate(samples) if sample.answer is not None and not sample.correct]
     votes: list[str | int | None] = ["correct" if sample.correct else None for sample in samples]
@@ -183,124 +170,37 @@ def _votes(samples: Sequence[_Sample], cluster: Cluster) -> list[str | int | Non
 
 
 def _metrics(
-    problems: Sequence[Sequence[_Sample]], greedy: dict[str, list[_Sample]], section: EvaluationSection, cluster: Cluster
-) -> dict[str, Metric]:
+    problems: Sequence[Sequence[EvalSample]], greedy: Mapping[str, list[EvalSample]], section: EvaluationSection, cluster: Cluster
+) -> tuple[dict[str, Metric], dict[str, dict[int, Metric]]]:
+    """(metrics of the report, pass@K and maj@K over K)."""
     counts = [sum(sample.correct for sample in samples) for samples in problems]
-    metrics = {}
-    for k in section.k:
-        metrics[f"pass@{k}"] = clustered_interval([pass_at_k(section.samples, count, k) for count in counts])
-    voting = [k for k in section.k if k > 1]
-    if voting:
+    ladder = sorted({*(2**power for power in range(section.samples.bit_length()) if 2**power <= section.samples), *section.k})
+    curves = {"pass": {k: clustered_interval([pass_at_k(section.samples, count, k) for count in counts]) for k in ladder}}
+    if section.samples > 1:
         votes = [_votes(samples, cluster) for samples in problems]
-        for k in voting:
-            metrics[f"maj@{k}"] = clustered_interval([maj_at_k(vote, "correct", k) for vote in votes])
+        curves["maj"] = {k: clustered_interval([maj_at_k(vote, "correct", k) for vote in votes]) for k in ladder}
+    metrics = {f"pass@{k}": curves["pass"][k] for k in section.k}
+    metrics |= {f"maj@{k}": curves["maj"][k] for k in section.k if k > 1}
     metrics[f"avg@{section.samples}"] = clustered_interval([count / section.samples for count in counts])
     if greedy:
         metrics["greedy"] = wilson(sum(samples[0].correct for samples in greedy.values()), len(greedy))
-    return metrics
+    return metrics, curves
 
 
-def _extras(samples: list[list[_Sample]], greedy: list[list[_Sample]], step: int | None, seconds: float) -> dict[str, float]:
+def _extras(samples: list[list[EvalSample]], new: list[list[EvalSample]], step: int | None, seconds: float) -> dict[str, float]:
+    """`new` are the groups that were made in these `seconds`."""
     flat = [sample for group in samples for sample in group]
-    every = flat + [sample for group in greedy for sample in group]
     extras = {
         "well_formed_share": sum(sample.well_formed for sample in flat) / len(flat),
         "truncated_share": sum(sample.truncated for sample in flat) / len(flat),
         "unscored_share": sum(sample.unscored for sample in flat) / len(flat),
         "mean_length": sum(sample.num_tokens for sample in flat) / len(flat),
         "seconds": seconds,
-        "tokens_per_second": sum(sample.num_tokens for sample in every) / max(seconds, 1e-9),
+        "tokens_per_second": sum(sample.num_tokens for group in new for sample in group) / max(seconds, 1e-9),
     }
     if step is not None:
         extras["step"] = float(step)
     return extras
-
-
-def save_report(report: EvalReport, path: Path) -> None:
-    """Write a report as JSON."""
-    path.write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
-
-
-def load_report(path: Path) -> EvalReport:
-    """Read what `save_report` wrote.
-
-    Raises:
-        ValueError: not such a file.
-    """
-    try:
-        fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        metrics = {name: Metric(**metric) for name, metric in fields.pop("metrics").items()}
-        return EvalReport(metrics=metrics, **fields)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path} is not an evaluation report: {error}") from error
-
-
-def run_eval(checkpoints: Sequence[str], *, data: str, overrides: Sequence[str] = (), output: str | Path | None = None) -> list[EvalReport]:
-    """Evaluate checkpoints on the same problems and print a table: the `eval` verb.
-
-    A checkpoint is asked with the prompt settings saved beside it, unless `overrides` (keys of a run's configuration)
-    say otherwise. With `output`, every completion and each report are written to that folder.
-
-    Raises:
-        ValueError, FileNotFoundError: no such checkpoint or data, unusable settings.
-    """
-    from rich.console import Console
-
-    console = Console()
-    configs = [_eval_config(checkpoint, data, overrides) for checkpoint in checkpoints]
-    reports = []
-    for number, (checkpoint, config) in enumerate(zip(checkpoints, configs)):
-        name = checkpoint.rstrip("/")
-        jsonl_path = None if output is None else Path(output) / f"{number:02d}-{Path(name).name}.jsonl"
-        with console.status(f"evaluating {name} ({number + 1} of {len(configs)})"):
-            reports.append(evaluate_checkpoint(config, dataset=data, checkpoint=name, jsonl_path=jsonl_path))
-    console.print(report_table(reports, title=data))
-    if output is not None:
-        console.print(f"reports and completions: {output}", markup=False, highlight=False)
-    return reports
-
-
-def _eval_config(checkpoint: str, data: str, overrides: Sequence[str]) -> RunConfig:
-    """The run configuration whose training problems are those to evaluate on."""
-    saved = load_prompt_settings(checkpoint)
-    tree: dict[str, Any] = {"name": "eval", "model": {"path": checkpoint}, "data": {"train": data}}
-    if saved is not None:
-        tree["prompt"] = saved.model_dump(mode="json")
-    config = build_config(RunConfig, apply_overrides(tree, overrides))
-    section = config.data.model_copy(update={"split": config.data.eval_split, "limit": config.data.eval_limit, "eval": None})
-    max_tokens = config.evaluation.max_tokens or config.rollout.max_tokens
-    return config.model_copy(update={"data": section, "rollout": config.rollout.model_copy(update={"max_tokens": max_tokens})})
-
-
-def evaluate_checkpoint(config: RunConfig, *, dataset: str, checkpoint: str, jsonl_path: Path | None = None) -> EvalReport:
-    """Load `config.model.path` into an engine of this process and evaluate it on the problems of `config.data.train`."""
-    from grpo.problems import load_problems
-    from grpo.runtime import build_engine
-    from grpo.scoring import Scorer
-
-    problems = load_problems(config)
-    names = [spec.name for spec in config.rewards.functions]
-    scorer = Scorer(config.rewards, prefilled=config.prompt.prefill_think)
-    try:
-        engine = build_engine(config)
-        try:
-            return evaluate(
-                engine,
-                scorer,
-                problems.train,
-                section=config.evaluation,
-                max_tokens=config.rollout.max_tokens,
-                stop=config.rollout.stop,
-                prefilled=config.prompt.prefill_think,
-                dataset=dataset,
-                checkpoint=checkpoint,
-                jsonl_path=jsonl_path,
-                reward="accuracy" if "accuracy" in names else names[0],
-            )
-        finally:
-            engine.close()
-    finally:
-        scorer.close()
 
 
 def metric_text(metric: Metric) -> str:

@@ -51,7 +51,7 @@ def maj_at_k(votes: Sequence[Hashable | None], correct: Hashable | None, k: int,
 
     The subsets are counted, never enumerated: with j votes for the correct class, every other class contributes a
     polynomial whose m-th coefficient is the number of ways to draw m <= j of its votes, and the product's coefficient
-    counts the draws: at most a fraction of a second for n = 64, and each pattern of class sizes is counted once.
+    counts the draws: some milliseconds for n = 64 and all k together.
 
     Raises:
         ValueError: k outside 1..n, or an unknown tie rule.
@@ -77,28 +77,32 @@ def maj_at_k(votes: Sequence[Hashable | None], correct: Hashable | None, k: int,
 def _majority(own: int, rivals: tuple[int, ...], num_silent: int, k: int, share_ties: bool) -> Fraction:
     """maj@k from class sizes alone; a tie among t + 1 classes counts 1/(t + 1), or 0 unless `share_ties`."""
     wins = Fraction(0)
-    others = sum(rivals) + num_silent
     for j in range(1, min(own, k) + 1):
-        rest = k - j
-        if rest < j:
-            wins += math.comb(own, j) * math.comb(others, rest)
-            continue
-        max_ties = min(rest // j, sum(size >= j for size in rivals)) if share_ties else 0
-        # ways[t][m]: draws of m votes from the rivals so far, t of which reached j votes
-        ways = [[1] + [0] * rest]
-        for size in rivals:
-            below = [math.comb(size, m) for m in range(min(size, j - 1, rest) + 1)]
-            level = math.comb(size, j) if size >= j and max_ties else 0
-            drawn = [[sum(below[m] * row[total - m] for m in range(min(len(below), total + 1))) for total in range(rest + 1)] for row in ways]
-            if level:
-                drawn += [[0] * (rest + 1)] * (len(ways) <= max_ties)
-                for t in range(1, len(drawn)):
-                    drawn[t] = [count + (level * ways[t - 1][total - j] if total >= j else 0) for total, count in enumerate(drawn[t])]
-            ways = drawn
-        for t, row in enumerate(ways):
-            draws = sum(count * math.comb(num_silent, rest - total) for total, count in enumerate(row))
-            wins += Fraction(math.comb(own, j) * draws, t + 1)
-    return wins / math.comb(own + others, k)
+        rows = _draws(rivals, num_silent, j)
+        for t, row in enumerate(rows if share_ties else rows[:1]):
+            if k - j < len(row):
+                wins += Fraction(math.comb(own, j) * row[k - j], t + 1)
+    return wins / math.comb(own + sum(rivals) + num_silent, k)
+
+
+@lru_cache(maxsize=4096)
+def _draws(rivals: tuple[int, ...], num_silent: int, j: int) -> tuple[tuple[int, ...], ...]:
+    """rows[t][m]: ways to draw m votes that are not ours, of which exactly t rivals give j and none gives more.
+
+    Polynomials in the number of votes, packed into one whole number each: a product of two is one multiplication.
+    Classes too small to reach j draw freely, so all of them together are (1 + x)^votes.
+    """
+    free = num_silent + sum(size for size in rivals if size < j)
+    strong = [size for size in rivals if size >= j]
+    total = free + sum(strong)
+    bits = total + 1  # of one coefficient: they all sum up to at most 2^total
+    rows = [((1 << bits) + 1) ** free]
+    for size in strong:
+        below = sum(math.comb(size, m) << (bits * m) for m in range(j))
+        level = math.comb(size, j) << (bits * j)
+        rows = [(rows[t] * below if t < len(rows) else 0) + (rows[t - 1] * level if t else 0) for t in range(len(rows) + 1)]
+    mask = (1 << bits) - 1
+    return tuple(tuple(row >> (bits * m) & mask for m in range(total + 1)) for row in rows)
 
 
 def _first_wins(own: list[int], rivals: list[list[int]], num_silent: int, k: int) -> Fraction:

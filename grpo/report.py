@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from grpo.data_types import EvalReport, Metric
-from grpo.evaluate import load_report
+from grpo.eval_store import load_report
 from grpo.log import CONFIG_FILE, METRICS_FILE, PROVENANCE_FILE, SAMPLES_FILE, read_lines
 from grpo.report_plots import evaluated_step, write_plots
 

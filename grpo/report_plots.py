@@ -225,3 +225,34 @@ def _time(axes: Axes, rows: Rows, reports: Sequence[EvalReport]) -> bool:
     _steps(axes)
     _legend(axes, columns=4)
     return True
+
+
+def write_curves(reports: Sequence[EvalReport], path: Path, *, title: str = "") -> Path:
+    """Maj@K (solid) and Pass@K (dashed) over K with 95 % bands over problems, one colour per checkpoint.
+
+    After the analysis in DeepSeekMath (arXiv 2402.03300, Section 5.2.2). Take at least 2K samples for a point at K.
+    """
+    with plt.rc_context(_STYLE):
+        figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
+        shown: set[int] = set()
+        for report, colour in zip(reports, [BLUE, ORANGE, GREEN, PURPLE, TEAL, RED] * (1 + len(reports) // 6)):
+            for name, line in (("maj", "-"), ("pass", "--")):
+                points = sorted(report.curves.get(name, {}).items())
+                ks = [k for k, _ in points]
+                shown.update(ks)
+                label = f"{'Maj@K' if name == 'maj' else 'Pass@K'} {Path(report.checkpoint).name}".strip()
+                axes.plot(ks, [metric.value for _, metric in points], line, color=colour, linewidth=2, marker="o", markersize=3.5, label=label)
+                axes.fill_between(
+                    ks, [metric.low for _, metric in points], [metric.high for _, metric in points], color=colour, alpha=0.13, linewidth=0
+                )
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(sorted(shown), [str(k) for k in sorted(shown)])
+        axes.minorticks_off()
+        axes.set_xlabel("K samples")
+        axes.set_ylabel("share of problems")
+        axes.set_title(title, pad=14 + 14 * -(-2 * len(reports) // 2))
+        _legend(axes, columns=2)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _save(figure, path)
+        plt.close(figure)
+    return path

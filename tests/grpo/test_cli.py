@@ -64,7 +64,7 @@ def test_every_verb_has_help_with_an_example(verb: str, capsys: pytest.CaptureFi
 
 def test_overrides_may_stand_anywhere() -> None:
     args = cli.parse_arguments(["eval", "a", "evaluation.k=[1,2]", "b", "--data", "x=1.jsonl", "prompt.template=chat"])
-    assert (args.checkpoints, args.data, args.overrides) == (["a", "b"], "x=1.jsonl", ["evaluation.k=[1,2]", "prompt.template=chat"])
+    assert (args.checkpoints, args.data, args.overrides) == (["a", "b"], ["x=1.jsonl"], ["evaluation.k=[1,2]", "prompt.template=chat"])
     assert cli.parse_arguments(["sample", "c", "--prompt", "x=3"]).prompt == "x=3"
     assert cli.parse_arguments(["config", "show", "c.yaml", "--sft", "epochs=2"]).overrides == ["epochs=2"]
     assert cli.parse_arguments(["quickstart", "--out", "x", "train.steps=2"]).arguments == ["--out", "x", "train.steps=2"]

@@ -9,7 +9,9 @@ from rich.console import Console
 
 from grpo.config import EvaluationSection, PromptSection
 from grpo.data_types import Completion, Group, Metric, Prompt, Score
-from grpo.evaluate import _eval_config, _Sample, _votes, evaluate, load_report, metric_text, report_table, save_report
+from grpo.eval_run import eval_config
+from grpo.eval_store import EvalSample, load_report, save_report
+from grpo.evaluate import _votes, evaluate, metric_text, report_table
 from grpo.metrics import maj_at_k
 from grpo.prompt_settings import load_prompt_settings, save_prompt_settings
 from grpo.rollout.engine import Sampling
@@ -144,8 +146,8 @@ def test_an_answer_that_says_nothing_has_no_vote() -> None:
     assert _votes(samples, lambda texts: [-1 if not text.strip() else 0 for text in texts]) == [None, None, 0]
 
 
-def _sample(answer: str | None, *, correct: bool) -> _Sample:
-    return _Sample(correct=correct, answer=answer, well_formed=True, truncated=False, num_tokens=1, unscored=False)
+def _sample(answer: str | None, *, correct: bool) -> EvalSample:
+    return EvalSample(correct=correct, answer=answer, well_formed=True, truncated=False, num_tokens=1, unscored=False)
 
 
 def test_table_shows_every_report(tmp_path: Path) -> None:
@@ -182,7 +184,123 @@ def test_prompt_settings_travel_with_the_checkpoint(tmp_path: Path) -> None:
 
 def test_eval_verb_uses_the_saved_prompt_unless_overridden(tmp_path: Path) -> None:
     save_prompt_settings(tmp_path, PromptSection(template="none"))
-    config = _eval_config(str(tmp_path), "problems.jsonl", ["data.eval_limit=5", "evaluation.max_tokens=33"])
+    config = eval_config(str(tmp_path), "problems.jsonl", ["data.eval_limit=5", "evaluation.max_tokens=33"])
     assert (config.prompt.template, config.data.train, config.data.split, config.data.limit) == ("none", "problems.jsonl", "test", 5)
     assert config.rollout.max_tokens == 33
-    assert _eval_config(str(tmp_path), "problems.jsonl", ["prompt.template=r1_zero"]).prompt.template == "r1_zero"
+    assert eval_config(str(tmp_path), "problems.jsonl", ["prompt.template=r1_zero"]).prompt.template == "r1_zero"
+
+
+def _rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().split("\n") if line]
+
+
+def test_curves_run_over_powers_of_two_and_agree_with_the_metrics() -> None:
+    report = _evaluate()
+    assert sorted(report.curves["pass"]) == sorted(report.curves["maj"]) == [1, 2, 4]
+    assert report.curves["pass"][2] == report.metrics["pass@2"]
+    assert report.curves["maj"][4] == report.metrics["maj@4"]
+    assert report.curves["maj"][1].value == pytest.approx(report.metrics["pass@1"].value)
+
+
+def test_settings_are_recorded() -> None:
+    settings = _evaluate(stop=("</answer>",), identity={"prompt": "r1_zero"}).settings
+    assert {
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "top_k": 0,
+        "max_tokens": 16,
+        "seed": 7,
+        "samples": 4,
+        "stop": ["</answer>"],
+    }.items() <= settings.items()
+    assert settings["prompt"] == "r1_zero"
+
+
+class Interrupted(CannedEngine):
+    """Dies after some groups."""
+
+    def __init__(self, groups: int) -> None:
+        super().__init__(ANSWERS)
+        self.left = groups
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Group]:
+        for group in super().generate(prompts, sampling):
+            if self.left == 0:
+                raise KeyboardInterrupt
+            self.left -= 1
+            yield group
+
+
+@pytest.mark.parametrize("groups", [0, 2, 3, 5])
+def test_an_interrupted_evaluation_goes_on_where_it_was(tmp_path: Path, groups: int) -> None:
+    section = EvaluationSection(samples=4, k=(1, 4), seed=7)
+    whole, path = tmp_path / "whole.jsonl", tmp_path / "parts.jsonl"
+    arguments: dict = {"section": section, "max_tokens": 16, "dataset": "sums", "checkpoint": "c", "resume": True}
+    expected = evaluate(CannedEngine(ANSWERS), ExactScorer(), PROMPTS, jsonl_path=whole, **arguments)  # type: ignore[arg-type]
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(Interrupted(groups), ExactScorer(), PROMPTS, jsonl_path=path, **arguments)  # type: ignore[arg-type]
+    assert not path.with_suffix(".json").exists()
+    lines = path.read_text().split("\n")
+    path.write_text("\n".join(lines[:-2]) + '\n{"prompt_id": "p')  # the last line was being written, its group is not complete
+    engine = CannedEngine(ANSWERS)
+    report = evaluate(engine, ExactScorer(), PROMPTS, jsonl_path=path, **arguments)  # type: ignore[arg-type]
+    assert (report.metrics, report.curves) == (expected.metrics, expected.curves)
+    assert sorted(map(str, _rows(path))) == sorted(map(str, _rows(whole)))
+    assert not path.with_suffix(".partial.json").exists()
+    again = CannedEngine(ANSWERS)
+    assert evaluate(again, ExactScorer(), PROMPTS, jsonl_path=path, **arguments) == report  # type: ignore[arg-type]
+    assert not again.requests  # complete: only read
+
+
+def test_other_k_need_no_new_completions(tmp_path: Path) -> None:
+    arguments: dict = {"jsonl_path": tmp_path / "e.jsonl", "resume": True}
+    _evaluate(**arguments)
+    engine = CannedEngine(ANSWERS)
+    section = EvaluationSection(samples=4, k=(3,), seed=7)
+    report = evaluate(engine, ExactScorer(), PROMPTS, section=section, max_tokens=16, **arguments)  # type: ignore[arg-type]
+    assert "pass@3" in report.metrics
+    assert not engine.requests
+
+
+@pytest.mark.parametrize(
+    ("change", "said"), [({"max_tokens": 17}, "max_tokens: 16 then, 17 now"), ({"identity": {"weights": "b"}}, "weights: None then, 'b' now")]
+)
+def test_an_evaluation_with_other_settings_is_not_continued(tmp_path: Path, change: dict, said: str) -> None:
+    path = tmp_path / "e.jsonl"
+    _evaluate(jsonl_path=path, resume=True)
+    before = path.read_text()
+    with pytest.raises(ValueError, match=said):
+        _evaluate(jsonl_path=path, resume=True, **change)
+    path.with_suffix(".json").unlink()
+    with pytest.raises(ValueError, match="other settings"):
+        _evaluate(jsonl_path=path, resume=True)
+    assert path.read_text() == before
+
+
+def test_the_figure_shows_both_curves_of_every_checkpoint(tmp_path: Path) -> None:
+    from grpo.report_plots import write_curves
+
+    path = write_curves([_evaluate(), _evaluate(checkpoint="d")], tmp_path / "figures" / "maj-pass.png", title="sums")
+    assert path.stat().st_size > 10_000
+
+
+def test_eval_verb_takes_several_checkpoints_and_datasets(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from grpo.cli import main
+
+    data, other = tmp_path / "sums.jsonl", tmp_path / "other.jsonl"
+    data.write_text("".join(json.dumps({"question": f"What is {a} + 2 =", "answer": str(a + 2)}) + "\n" for a in range(3)))
+    other.write_text(json.dumps({"question": "1 + 1?", "answer": "2"}) + "\n")
+    command = ["eval", str(tiny_model), str(tiny_model), "--data", str(data), "--data", str(other), "--output", str(tmp_path / "out")]
+    command += ["prompt.template=none", "evaluation.samples=2", "evaluation.k=[1,2]", "evaluation.max_tokens=4", "model.device=cpu"]
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    assert out.count("pass@2") == 2
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    stem = tiny_model.name
+    assert {f"{number:02d}-{stem}-{dataset}.{kind}" for number in (0, 1) for dataset in (data.stem, "other") for kind in ("json", "jsonl")} <= names
+    assert {f"maj-pass-{data.stem}.png", "maj-pass-other.png"} <= names
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.jsonl")}
+    assert main(command) == 0  # everything is there already
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.jsonl")}
+    assert main([*command, "evaluation.temperature=0.5"]) == 2
+    assert "other settings (temperature: 1.0 then, 0.5 now)" in " ".join(capsys.readouterr().err.split())

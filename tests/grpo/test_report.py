@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from grpo.data_types import EvalReport, Metric
-from grpo.evaluate import save_report
+from grpo.eval_store import save_report
 from grpo.report import load_evaluations, write_report
 from grpo.report_plots import running_mean, series
 
