@@ -135,13 +135,12 @@ def test_long_sequences_are_split_into_chunks_of_queries(monkeypatch, group):
     check("compression", SMALL, [100, 20], [70, 20], 1, group, 16, 16)
 
 
-@pytest.mark.parametrize("kind", ["compression", "window"])
-def test_nan_outside_the_sequence_does_not_reach_it(kind):
-    """Sequences of NaN before and after one, with gates and gradients of NaN: the one between is bit-equal to itself alone."""
-    lengths, middle = [9, 35, 9], slice(9, 44)
-    band = Band(kind, make_plan(lengths, lengths, SMALL), SMALL)
-    alone = Band(kind, make_plan([35], [35], SMALL), SMALL)
-    q, k, v, gates, d_out = (x.to(DEVICE) for x in draw(band, lengths, lengths, 1, 3, 16, 16, torch.float32))
+def check_isolation(kind, config, lengths, group, dim, dtype):
+    """The middle one of three sequences, with NaN in the others' gates, gradients and inputs: bit-equal to itself alone."""
+    middle = slice(lengths[0], lengths[0] + lengths[1])
+    band = Band(kind, make_plan(lengths, lengths, config), config)
+    alone = Band(kind, make_plan(lengths[1:2], lengths[1:2], config), config)
+    q, k, v, gates, d_out = (x.to(DEVICE) for x in draw(band, lengths, lengths, 1, group, dim, dim, dtype))
     keys = slice(int(band.key_ends[1]), int(band.key_ends[2]))
     for x in (q, gates, d_out):
         x[: middle.start], x[middle.stop :] = torch.nan, torch.nan
@@ -152,15 +151,29 @@ def test_nan_outside_the_sequence_does_not_reach_it(kind):
         part = slice(None) if one is band else middle
         key_part = slice(None) if one is band else keys
         arguments = (q[part], k[key_part], v[key_part])
-        out = torch.full((*arguments[0].shape[:2], 16), torch.nan, device=DEVICE)
+        out = torch.full_like(d_out[part], torch.nan)
         branch, lse = banded_forward(*arguments, one, scale=0.25, gate=gates[part][..., 0], out=out, accumulate=False, keep=True)
-        delta = gates[part][..., 0] * (d_out[part] * branch).sum(-1)
+        assert branch is not None
+        delta = gates[part][..., 0].float() * (d_out[part].float() * branch.float()).sum(-1)
         dq = torch.full_like(arguments[0], torch.nan)
         dk, dv = banded_backward(d_out[part], *arguments, lse, delta, gates[part][..., 0], one, scale=0.25, dq=dq)
         results.append([out[rows], lse[rows], dq[rows], dk[cols], dv[cols]])
     for got, expected in zip(*results, strict=True):
         assert torch.equal(got, expected)
         assert not got.isnan().any()
+
+
+@pytest.mark.parametrize("kind", ["compression", "window"])
+def test_nan_outside_the_sequence_does_not_reach_it(kind):
+    check_isolation(kind, SMALL, [9, 35, 9], 3, 16, torch.float32)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["compression", "window"])
+@pytest.mark.parametrize("lengths", [[200, 1500, 77], [700, 1, 700], [64, 45, 1300]])
+@pytest.mark.parametrize(("group", "dim"), [(16, 128), (4, 128), (3, 64), (1, 64)])
+def test_nan_outside_the_sequence_does_not_reach_it_on_the_gpu(kind, lengths, group, dim):
+    check_isolation(kind, SparsityConfig(compressor="mean"), lengths, group, dim, torch.bfloat16)
 
 
 def test_strided_inputs_and_an_unkept_branch():

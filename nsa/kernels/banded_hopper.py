@@ -1,0 +1,299 @@
+"""Hopper kernels of attention over a band of keys, in Gluon (banded.py says what they compute and when they are taken).
+
+Two warp groups share each tile of keys, 64 rows of queries each, and wait for nothing of each other but for room for the
+next tile: while one computes exponents the other keeps the tensor cores busy. Warp group 0 starts the bulk copies (TMA) of
+K and V. There is no warp group for copies alone: a third one would leave 168 registers a thread, too few for the products
+to stay asynchronous. A bulk copy may bring rows of a neighbouring sequence: the scores of those keys are masked, and rows
+of V (K, q and dO, where they are factors of a gradient) are cleared in shared memory.
+
+Every program works on a fixed list of tiles, and a tile's result depends on its own sequence alone. Written for Triton
+3.6's Gluon. Leaves out the backward pass (banded_hopper_backward.py).
+"""
+
+from functools import lru_cache
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+ROWS = 128
+"""Rows (queries × heads of a KV head) of a tile, half of them in each warp group."""
+
+
+@gluon.jit
+def key_range(first, last, num_keys, STRIDE: gl.constexpr, OFFSET: gl.constexpr, WINDOW: gl.constexpr):
+    """Keys that queries at positions first … last see: begin, first key and end of those that all of them see, end."""
+    end = gl.minimum(gl.maximum(last - OFFSET + STRIDE, 0) // STRIDE, num_keys)
+    all_end = gl.minimum(gl.maximum(first - OFFSET + STRIDE, 0) // STRIDE, num_keys)
+    begin, all_begin = first * 0, first * 0
+    if WINDOW > 0:
+        begin = gl.maximum(first - WINDOW + 1, 0)
+        all_begin = gl.maximum(last - WINDOW + 1, 0)
+    return begin, all_begin, all_end, end
+
+
+@gluon.jit
+def place_of(index, num_heads, tables, QUERIES: gl.constexpr):
+    """Unit of work `index`: KV head; first query (in its sequence, and packed); first key; lengths; position of the first and last query."""
+    Tiles, QueryEnds, TokenEnds, KeyEnds = tables
+    tile, head = index // num_heads, index % num_heads
+    sequence, start = gl.load(Tiles + 2 * tile), gl.load(Tiles + 2 * tile + 1)
+    first_query, first_key = gl.load(QueryEnds + sequence), gl.load(KeyEnds + sequence)
+    num_queries, num_keys = gl.load(QueryEnds + sequence + 1) - first_query, gl.load(KeyEnds + sequence + 1) - first_key
+    ahead = gl.load(TokenEnds + sequence + 1) - gl.load(TokenEnds + sequence) - num_queries
+    last = ahead + gl.minimum(start + QUERIES, num_queries) - 1
+    return head, start, (first_query + start).to(gl.int64), first_key, num_queries, num_keys, ahead + start, last
+
+
+@gluon.jit
+def visible(keys, positions, STRIDE: gl.constexpr, OFFSET: gl.constexpr, WINDOW: gl.constexpr):
+    """bool `[rows, keys]`: does the query at each position see each key."""
+    ends = keys[None, :] * STRIDE + OFFSET
+    seen = ends <= positions[:, None]
+    if WINDOW > 0:
+        seen = seen & (ends > positions[:, None] - WINDOW)
+    return seen
+
+
+@gluon.jit
+def clear_rows(tile, first, count, LAYOUT: gl.constexpr):
+    """Zeros in those rows of a shared tile, whose first row is row `first` of a tensor of `count` rows, that come after the last.
+
+    Both warp groups write the same bytes, so neither waits for the other."""
+    for part in gl.static_range(tile.shape[0] // 16):
+        piece = tile.slice(part * 16, 16)
+        present = first + part * 16 + gl.arange(0, 16, layout=gl.SliceLayout(1, LAYOUT)) < count
+        value = piece.load(LAYOUT)
+        piece.store(gl.where(present[:, None], value, gl.zeros_like(value)))
+    fence_async_shared()
+    gl.thread_barrier()
+
+
+@gluon.jit
+def fill(desc, buffers, ready, empty, number, row, column):
+    """Starts the copy of a tile, the `number`-th of its ring, once both warp groups have left the place."""
+    stages: gl.constexpr = buffers.type.shape[0]
+    slot = number % stages
+    mbarrier.wait(empty.index(slot), (number // stages & 1) ^ 1)
+    mbarrier.expect(ready.index(slot), desc.block_type.nbytes)
+    tma.async_copy_global_to_shared(desc, [row, column], ready.index(slot), buffers.index(slot))
+
+
+@gluon.jit
+def await_tile(ready, number):
+    """The place of the `number`-th tile of a ring, once it is there."""
+    stages: gl.constexpr = ready.type.shape[0]
+    slot = number % stages
+    mbarrier.wait(ready.index(slot), number // stages & 1)
+    return slot
+
+
+@gluon.jit
+def row_pointers(base, row, stride, stride_head, rows, GROUP: gl.constexpr):
+    """Pointers to a tile's rows of a query-sided tensor, counted from packed row `row`."""
+    return base + row * stride + rows // GROUP * stride + rows % GROUP * stride_head
+
+
+@gluon.jit
+def softmax_step(scores, row_max, scale, key, bounds, keys, positions, STRIDE: gl.constexpr, OFFSET: gl.constexpr, WINDOW: gl.constexpr):
+    """Weights of a tile of keys against the new maximum (base 2), that maximum, and the factor on what came before."""
+    all_begin, all_end = bounds
+    if (key < all_begin) | (key + keys.shape[0] > all_end):
+        scores = gl.where(visible(key + keys, positions, STRIDE, OFFSET, WINDOW), scores, float("-inf"))
+    new_max = gl.maximum(row_max, gl.max(scores, 1) * scale)
+    shift = gl.where(new_max == float("-inf"), 0.0, new_max)
+    return gl.exp2(scores * scale - shift[:, None]), new_max, gl.exp2(row_max - shift)
+
+
+@gluon.jit
+def forward_rows(
+    common,
+    WARP_GROUP: gl.constexpr, GROUP: gl.constexpr, STRIDE: gl.constexpr, OFFSET: gl.constexpr, WINDOW: gl.constexpr,
+    ACCUMULATE: gl.constexpr, KEEP: gl.constexpr,
+):  # fmt: skip
+    """Rows 64·WARP_GROUP … of each of the program's tiles."""
+    descs, buffers, rings, tensors, tables, strides, scale, num_tiles, num_heads = common
+    k_desc, v_desc = descs
+    queries, keys, values = buffers
+    k_ready, k_empty, v_ready, v_empty = rings
+    Q, Gate, Out, Branch, Lse = tensors
+    stride_q, stride_qh, stride_kh, stride_vh, stride_g, stride_gh, stride_o, stride_oh, stride_b, stride_bh, stride_l = strides
+    STAGES: gl.constexpr = keys.type.shape[0]
+    KEYS: gl.constexpr = keys.type.shape[1]
+    DIM: gl.constexpr = keys.type.shape[2]
+    QUERIES: gl.constexpr = 128 // GROUP
+    mma_s: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, KEYS, 16])
+    mma_o: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, DIM, 16])
+    weight_layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=mma_o, k_width=2)
+    wide: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [4, 1], [1, 0])
+    query_tile = queries.index(WARP_GROUP)
+    rows = WARP_GROUP * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, mma_s))
+    wide_rows = WARP_GROUP * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, wide))
+    columns = gl.arange(0, KEYS, layout=gl.SliceLayout(0, mma_s))
+    dims = gl.arange(0, DIM, layout=gl.SliceLayout(0, wide))[None, :]
+    zeros = gl.zeros([64, KEYS], gl.float32, layout=mma_s)
+    done = 0
+    for index in range(gl.program_id(0), num_tiles * num_heads, gl.num_programs(0)):
+        head, start, row, first_key, num_queries, num_keys, first, last = place_of(index, num_heads, tables, QUERIES)
+        begin, all_begin, all_end, end = key_range(first, last, num_keys, STRIDE, OFFSET, WINDOW)
+        count = gl.maximum(gl.cdiv(end - begin, KEYS), 1)
+        key_row, group = first_key + begin, head * GROUP
+        if WARP_GROUP == 0:
+            for i in gl.static_range(STAGES):
+                if i < count:
+                    fill(k_desc, keys, k_ready, k_empty, done + i, key_row + i * KEYS, head * stride_kh)
+                    if i < STAGES - 1:
+                        fill(v_desc, values, v_ready, v_empty, done + i, key_row + i * KEYS, head * stride_vh)
+        valid = (start + wide_rows // GROUP < num_queries) & (wide_rows < QUERIES * GROUP)
+        at = row_pointers(Q + group * stride_qh, row, stride_q, stride_qh, wide_rows, GROUP)
+        query_tile.store(gl.load(at[:, None] + dims, mask=valid[:, None], other=0.0))
+        fence_async_shared()
+        gl.thread_barrier()
+
+        positions = first + rows // GROUP
+        bounds = (all_begin, all_end)
+        slot = await_tile(k_ready, done)
+        scores = warpgroup_mma(query_tile, keys.index(slot).permute((1, 0)), zeros, use_acc=False)
+        mbarrier.arrive(k_empty.index(slot), count=1)
+        row_max = gl.full([64], float("-inf"), gl.float32, layout=gl.SliceLayout(1, mma_s))
+        p, row_max, _ = softmax_step(scores, row_max, scale, begin, bounds, columns, positions, STRIDE, OFFSET, WINDOW)
+        row_sum = gl.sum(p, 1)
+        weights = gl.convert_layout(p.to(Q.dtype.element_ty), weight_layout)
+        acc = gl.zeros([64, DIM], gl.float32, layout=mma_o)
+        for i in range(1, count):
+            slot = await_tile(k_ready, done + i)
+            coming = warpgroup_mma(query_tile, keys.index(slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
+            v_slot = await_tile(v_ready, done + i - 1)
+            adding = warpgroup_mma(weights, values.index(v_slot), acc, is_async=True)
+            if WARP_GROUP == 0:
+                if i + STAGES - 1 < count:
+                    fill(k_desc, keys, k_ready, k_empty, done + i + STAGES - 1, key_row + (i + STAGES - 1) * KEYS, head * stride_kh)
+                if i + STAGES - 2 < count:
+                    fill(v_desc, values, v_ready, v_empty, done + i + STAGES - 2, key_row + (i + STAGES - 2) * KEYS, head * stride_vh)
+            scores = warpgroup_mma_wait(1, deps=[coming])
+            mbarrier.arrive(k_empty.index(slot), count=1)
+            p, row_max, decay = softmax_step(scores, row_max, scale, begin + i * KEYS, bounds, columns, positions, STRIDE, OFFSET, WINDOW)
+            row_sum = row_sum * decay + gl.sum(p, 1)
+            acc = warpgroup_mma_wait(0, deps=[adding])
+            mbarrier.arrive(v_empty.index(v_slot), count=1)
+            acc = acc * gl.convert_layout(decay, gl.SliceLayout(1, mma_o))[:, None]
+            weights = gl.convert_layout(p.to(Q.dtype.element_ty), weight_layout)
+        slot = await_tile(v_ready, done + count - 1)
+        if begin + count * KEYS > num_keys:
+            clear_rows(values.index(slot), begin + (count - 1) * KEYS, num_keys, wide)
+        acc = warpgroup_mma(weights, values.index(slot), acc)
+        mbarrier.arrive(v_empty.index(slot), count=1)
+        done += count
+
+        some = row_sum > 0
+        total = gl.where(some, row_sum, 1.0)
+        lse = gl.where(some, (row_max + gl.log2(total)) * 0.6931471805599453, float("-inf"))
+        written = (start + rows // GROUP < num_queries) & (rows < QUERIES * GROUP)
+        gl.store(row_pointers(Lse + group, row, stride_l, 1, rows, GROUP), lse, mask=written)
+        result = gl.convert_layout(acc / gl.convert_layout(total, gl.SliceLayout(1, mma_o))[:, None], wide)
+        if KEEP:
+            at = row_pointers(Branch + group * stride_bh, row, stride_b, stride_bh, wide_rows, GROUP)
+            gl.store(at[:, None] + dims, result.to(Branch.dtype.element_ty), mask=valid[:, None])
+        gate = gl.load(row_pointers(Gate + group * stride_gh, row, stride_g, stride_gh, wide_rows, GROUP), mask=valid, other=0.0)
+        result = result * gate.to(gl.float32)[:, None]
+        at = row_pointers(Out + group * stride_oh, row, stride_o, stride_oh, wide_rows, GROUP)[:, None] + dims
+        if ACCUMULATE:
+            result += gl.load(at, mask=valid[:, None], other=0.0).to(gl.float32)
+        gl.store(at, result.to(Out.dtype.element_ty), mask=valid[:, None])
+
+
+@gluon.jit(do_not_specialize=["num_tiles"])
+def forward_kernel(
+    k_desc, v_desc, tensors, tables, strides, scale, num_tiles, num_heads,
+    GROUP: gl.constexpr, STRIDE: gl.constexpr, OFFSET: gl.constexpr, WINDOW: gl.constexpr, STAGES: gl.constexpr,
+    ACCUMULATE: gl.constexpr, KEEP: gl.constexpr,
+):  # fmt: skip
+    """Out (+)= gate · o, branch output and LSE of the tiles program, program + programs, …, heads of a tile side by side."""
+    KEYS: gl.constexpr = k_desc.block_type.shape[0]
+    DIM: gl.constexpr = k_desc.block_type.shape[1]
+    queries = gl.allocate_shared_memory(k_desc.dtype, [2, 64, DIM], gl.NVMMASharedLayout.get_default_for([64, DIM], k_desc.dtype))
+    keys = gl.allocate_shared_memory(k_desc.dtype, [STAGES, KEYS, DIM], k_desc.layout)
+    values = gl.allocate_shared_memory(v_desc.dtype, [STAGES, KEYS, DIM], v_desc.layout)
+    k_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(k_ready.index(i), count=1)
+        mbarrier.init(k_empty.index(i), count=2)
+        mbarrier.init(v_ready.index(i), count=1)
+        mbarrier.init(v_empty.index(i), count=2)
+    fence_async_shared()
+    common = (
+        (k_desc, v_desc), (queries, keys, values), (k_ready, k_empty, v_ready, v_empty), tensors, tables, strides, scale, num_tiles, num_heads,
+    )  # fmt: skip
+    gl.warp_specialize(
+        [
+            (forward_rows, (common, 0, GROUP, STRIDE, OFFSET, WINDOW, ACCUMULATE, KEEP)),
+            (forward_rows, (common, 1, GROUP, STRIDE, OFFSET, WINDOW, ACCUMULATE, KEEP)),
+        ],
+        [4],
+        [240],
+    )
+
+
+def copied_in_bulk(x: torch.Tensor) -> bool:
+    """Whether the copy engine takes `x` `[rows, heads, dim]`: 16-byte aligned rows, a row's heads within its stride."""
+    aligned = x.data_ptr() % 16 == 0 and all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:2])
+    return x.shape[0] > 0 and aligned and x.stride(2) == 1 and (x.shape[1] - 1) * x.stride(1) + x.shape[2] <= x.stride(0)
+
+
+def takes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
+    """Whether these kernels compute the forward pass and dq for the tensors, given a GPU that runs them."""
+    return (
+        q.dtype in (torch.bfloat16, torch.float16)
+        and k.shape[2] == v.shape[2]
+        and k.shape[2] in (64, 128)
+        and q.shape[1] // k.shape[1] <= 64
+        and copied_in_bulk(k)
+        and copied_in_bulk(v)
+    )
+
+
+def shared_layout(box: list[int], dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    """How a tile lies in shared memory."""
+    return gl.NVMMASharedLayout.get_default_for(box, gl.bfloat16 if dtype == torch.bfloat16 else gl.float16)
+
+
+def key_descriptor(x: torch.Tensor, keys: int) -> TensorDescriptor:
+    """The copy engine's view of k or v: tiles of `keys` rows of one head, whose place in a row is head · stride of heads."""
+    box = [keys, x.shape[2]]
+    return TensorDescriptor(x, [x.shape[0], (x.shape[1] - 1) * x.stride(1) + x.shape[2]], [x.stride(0), 1], box, shared_layout(box, x.dtype))
+
+
+@lru_cache(maxsize=8)
+def num_processors(device: torch.device) -> int:
+    """Streaming multiprocessors of a GPU; each runs one program."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def forward_ring(window: bool) -> tuple[int, int]:
+    """Keys of a tile and how many tiles of K (and of V) lie in shared memory."""
+    return (64, 3) if window else (128, 2)
+
+
+def forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, gate: torch.Tensor, out: torch.Tensor, branch: torch.Tensor | None, lse: torch.Tensor,
+    tables: tuple[torch.Tensor, ...], geometry: dict[str, int], *, scale: float, accumulate: bool,
+) -> None:  # fmt: skip
+    """`banded.banded_forward` on these kernels: writes out, branch (where given) and lse.
+
+    Args:
+        tables: query tiles of ROWS // group queries, ends of queries, of tokens and of the band's keys.
+        geometry: STRIDE, OFFSET, WINDOW. scale: on q·k, times log2(e).
+    """
+    num_heads = k.shape[1]
+    num_tiles, kept = tables[0].shape[0], out if branch is None else branch
+    keys, stages = forward_ring(geometry["WINDOW"] > 0)
+    strides = (*q.stride()[:2], k.stride(1), v.stride(1), *gate.stride(), *out.stride()[:2], *kept.stride()[:2], lse.stride(0))
+    forward_kernel[(min(num_tiles * num_heads, num_processors(q.device)),)](
+        key_descriptor(k, keys), key_descriptor(v, keys), (q, gate, out, kept, lse), tables, strides, scale, num_tiles, num_heads,
+        GROUP=q.shape[1] // num_heads, **geometry, STAGES=stages, ACCUMULATE=accumulate, KEEP=branch is not None, num_warps=4,
+    )  # fmt: skip
