@@ -103,7 +103,7 @@ def _rewards_check(args: argparse.Namespace) -> int:
     columns = {"split": args.split, "question_column": args.question_column, "answer_column": args.answer_column, "limit": args.limit}
     if args.reward:
         return check_reward(args.data, args.reward, num_rows=args.rows, **columns)
-    return check_gold(args.data, show=args.show, **columns)
+    return check_gold(args.data, show=args.show, against=args.against, completions=args.completions, **columns)
 
 
 def _config(args: argparse.Namespace) -> int:
@@ -240,14 +240,17 @@ def _rewards_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) 
         actions,
         "check",
         _rewards_check,
-        "score every gold answer as an answer (must be 100 %), or call a reward of yours on sample rows",
+        "score every gold answer as an answer (must be 100 %), compare two checkers, or call a reward of yours on sample rows",
         "nsa-grpo rewards check gsm8k_train.jsonl.gz",
+        "nsa-grpo rewards check math500.jsonl.gz --against math_verify --completions solution",
         "nsa-grpo rewards check gsm8k_train.jsonl.gz --reward my_rewards.py:brevity --rows 3",
     )
     check.add_argument("data", metavar="DATA", help="file, folder or hub name")
     check.add_argument("--reward", help="registered name, path/to/file.py:function or package.module:function")
     check.add_argument("--rows", type=_positive, default=2, help="sample rows for --reward (default 2)")
-    check.add_argument("--show", type=_positive, default=10, help="failing golds to list (default 10)")
+    check.add_argument("--show", type=_positive, default=10, help="failing golds and disagreements to list (default 10)")
+    check.add_argument("--against", help="a second checker, for instance math_verify: where the two disagree, side by side")
+    check.add_argument("--completions", metavar="COLUMN", help="also judge the texts of this column (solution, text, …)")
     check.add_argument("--split", default="train")
     check.add_argument("--question-column", default=None)
     check.add_argument("--answer-column", default=None)

@@ -1,4 +1,5 @@
-"""`nsa-grpo rewards check DATA`: is every gold answer accepted as an answer, and what does a user's reward say of sample rows.
+"""`nsa-grpo rewards check DATA`: is every gold answer accepted as an answer, do two checkers agree, and what does a user's
+reward say of sample rows.
 
 No model and no tokenizer. Leaves out the checkers themselves (the package rewards).
 """
@@ -19,39 +20,117 @@ from grpo.config import RewardSpec, RewardsSection
 from grpo.data import Row, load_rows
 from grpo.data_types import Completion, Group, Prompt
 
+_SECOND_DEADLINE_S = 10.0
 
-def check_gold(data: str, *, show: int, **columns: Any) -> int:
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Case:
+    """A completion to be judged: the gold answer stated as an answer, or the row's own text."""
+
+    number: int
+    gold: str
+    completion: str
+    own: bool
+    """It states the gold answer itself, so it must be accepted."""
+
+
+def check_gold(data: str, *, show: int, against: str | None = None, completions: str | None = None, **columns: Any) -> int:
     """Score every gold as the answer of a completion; prints failures, answers that are not understood, and times.
 
+    Args:
+        against: a second checker (`math_verify`, or any reward's name), run in the reward workers; its disagreements with
+            ours are listed side by side.
+        completions: a column with completions (`solution`, `text`) to be judged as well.
+
     Returns:
-        0 if all are accepted, else 1.
+        0 if all golds are accepted by our checker, else 1.
+
+    Raises:
+        ValueError: no such data, column or checker.
     """
     from rewards.math_equal import equivalent, parse
 
     console = Console()
     rows = load_rows(data, **columns)
-    failing: list[tuple[int, str]] = []
-    unparsed: list[tuple[int, str]] = []
+    cases = [
+        _Case(number=number, gold=row.answer, completion=answer_completion(row.answer, prefilled=False), own=True)
+        for number, row in enumerate(rows, 1)
+    ]
+    if completions is not None:
+        cases += _own_texts(data, rows, completions)
+    verdicts: list[bool] = []
     seconds: list[float] = []
-    for number, row in enumerate(track(rows, description="checking golds", console=console, disable=not console.is_terminal), 1):
+    for case in track(cases, description="checking", console=console, disable=not console.is_terminal):
         start = time.perf_counter()
-        accepted = equivalent(row.answer, answer_completion(row.answer, prefilled=False))
+        verdicts.append(equivalent(case.gold, case.completion))
         seconds.append(time.perf_counter() - start)
-        if not accepted:
-            failing.append((number, row.answer))
-        elif parse(row.answer) is None:
-            unparsed.append((number, row.answer))
-    total = sum(seconds)
+    failing = [(case.number, case.gold) for case, accepted in zip(cases, verdicts) if case.own and not accepted]
+    rejected = {number for number, _ in failing}
+    unparsed = [(number, row.answer) for number, row in enumerate(rows, 1) if number not in rejected and parse(row.answer) is None]
     _list(console, "rejected as their own answer", failing, show)
     _list(console, "not understood (only the same text is accepted)", unparsed, show)
+    if against is not None:
+        _compare(console, cases, verdicts, against, show)
+    if completions is not None:
+        texts = [accepted for case, accepted in zip(cases, verdicts) if not case.own]
+        console.print(
+            f"{completions}: {sum(texts)} of {len(texts)} accepted ({sum(texts) / max(1, len(texts)):.2%})", highlight=False, soft_wrap=True
+        )
     share = 1 - len(failing) / len(rows)
     console.print(
         f"{data}: {len(rows) - len(failing)} of {len(rows)} golds accepted ({share:.2%}), {len(unparsed)} not understood; "
-        f"{len(rows) / max(total, 1e-9):.0f} a second, slowest {max(seconds) * 1000:.1f} ms",
+        f"{len(cases) / max(sum(seconds), 1e-9):.0f} a second, slowest {max(seconds) * 1000:.1f} ms",
         highlight=False,
         soft_wrap=True,
     )
     return 1 if failing else 0
+
+
+def _own_texts(data: str, rows: Sequence[Row], column: str) -> list[_Case]:
+    found = []
+    for number, row in enumerate(rows, 1):
+        text = row.solution if column == "solution" else row.meta.get(column)
+        if isinstance(text, str) and text.strip():
+            found.append(_Case(number=number, gold=row.answer, completion=text, own=False))
+    if not found:
+        raise ValueError(f"{data}: no row has a text in column {column}; the first has {', '.join(rows[0].meta) or 'no other columns'}")
+    return found
+
+
+def _compare(console: Console, cases: Sequence[_Case], verdicts: Sequence[bool], name: str, show: int) -> None:
+    """Run the second checker and list where the two disagree."""
+    from rewards.base import Sample
+    from rewards.pool import FunctionSpec, WorkerPool
+
+    start = time.perf_counter()
+    with WorkerPool([FunctionSpec(name=name)], deadline_s=_SECOND_DEADLINE_S) as pool:
+        loaded = time.perf_counter()
+        samples = [Sample(prompt="", completion=case.completion, answer=case.gold) for case in cases]
+        with console.status(f"checking with {name}"):
+            outcomes = [row[0] for row in pool.submit(samples).result()]
+        spent = time.perf_counter() - loaded
+    theirs = [outcome.value is not None and outcome.value >= 1 for outcome in outcomes]
+    unread = sum(outcome.value is None and outcome.fault is None for outcome in outcomes)
+    faults = sum(outcome.fault is not None for outcome in outcomes)
+    differing = [(case, ours, other) for case, ours, other in zip(cases, verdicts, theirs) if ours != other]
+    if differing:
+        table = Table(title=Text(f"where ours and {name} disagree: {len(differing)} of {len(cases)}"), show_lines=False)
+        for title in ("problem", "gold", "completion", "ours", name):
+            table.add_column(Text(title), overflow="fold")
+        for case, ours, other in differing[:show]:
+            text = "the gold" if case.own else f"… {case.completion[-120:]}"
+            table.add_row(str(case.number), Text(case.gold[:120]), Text(text), "yes" if ours else "no", "yes" if other else "no")
+        console.print(table)
+        if len(differing) > show:
+            console.print(f"  … and {len(differing) - show} more (--show N)", highlight=False, soft_wrap=True)
+    golds = sum(accepted for case, accepted in zip(cases, theirs) if case.own)
+    console.print(
+        f"{name}: {golds} of {sum(case.own for case in cases)} golds accepted, {sum(theirs)} of {len(cases)} in all; {unread} golds it cannot read, "
+        f"{faults} calls failed or hung; {len(cases) / max(spent, 1e-9):.0f} a second in {pool.size} workers (loaded in {loaded - start:.1f} s); "
+        f"{len(differing)} disagreements",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def _list(console: Console, what: str, found: Sequence[tuple[int, str]], show: int) -> None:

@@ -133,11 +133,15 @@ def _equal(left: Node, right: Node) -> bool:
 
 
 def _alone(node: Node) -> Node:
-    """The only element of a set, where it is a number or a tuple: {5} is the list 5."""
+    """The only element of a set, where it is a number or a tuple: {5} is the list 5; and `15 1/2 or 31/2` is one number."""
     if isinstance(node, Collection) and node.brackets == "{}" and len(node.items) == 1:
         (item,) = node.items
         if is_scalar(item) or (isinstance(item, Collection) and item.brackets == "()"):
             return item
+    if isinstance(node, Collection) and node.brackets == "" and node.joiner == "or" and len(node.items) <= _MAX_ITEMS:
+        first, *others = node.items
+        if is_scalar(first) and all(_equal(first, other) for other in others):
+            return first
     return node
 
 

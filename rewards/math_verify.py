@@ -8,6 +8,8 @@ limit hold instead, so it belongs into a worker only. Slower than our checker by
 from __future__ import annotations
 
 import importlib
+import logging
+import re
 from functools import lru_cache
 from typing import Any
 
@@ -15,23 +17,28 @@ from rewards import extract
 from rewards.base import Score
 
 _MAX_SPAN = 2_000
+_DELIMITED = re.compile(r"(?<!\\)\$|\\boxed|\\\(|\\\[")
+
+
+@lru_cache(maxsize=1)
+def _peer() -> Any:
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns at every call that its timeouts are off
+    return importlib.import_module("math_verify")
 
 
 @lru_cache(maxsize=4096)
 def _read(span: str) -> Any:
-    peer: Any = importlib.import_module("math_verify")
-    boxed = span if any(mark in span for mark in ("$", "\\boxed", "\\(", "\\[")) else f"\\boxed{{{span}}}"
-    return peer.parse(boxed, parsing_timeout=None)
+    boxed = span if _DELIMITED.search(span) else f"\\boxed{{{span}}}"
+    return _peer().parse(boxed, parsing_timeout=None)
 
 
 def verdict(gold: str, prediction: str) -> bool:
     """What math-verify says of two answers, each bare or a completion. May hang or fill the memory: call it in a worker."""
-    peer: Any = importlib.import_module("math_verify")
     spans = [extract.answer_span(text) for text in (gold, prediction)]
     if any(span is None or len(span) > _MAX_SPAN for span in spans):
         return False
     left, right = (_read(str(span)) for span in spans)
-    return bool(peer.verify(left, right, timeout_seconds=None, allow_set_relation_comp=True))
+    return bool(_peer().verify(left, right, timeout_seconds=None, allow_set_relation_comp=True))
 
 
 def math_verify(completion: str, answer: str, prefilled: bool = False, correct: float = 1.0, wrong: float = 0.0, **_: Any) -> Score:

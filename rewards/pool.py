@@ -191,6 +191,11 @@ class WorkerPool:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @property
+    def size(self) -> int:
+        """Processes that score at the same time."""
+        return self._size
+
     def process_ids(self) -> list[int]:
         """Ids of the live workers, the spare one included."""
         return [worker.process.pid for worker in list(self._workers)]

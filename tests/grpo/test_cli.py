@@ -190,6 +190,19 @@ def test_gold_that_is_no_answer_fails_the_check(data: Path, monkeypatch: pytest.
     assert "1 of 2 golds accepted (50.00%)" in out
 
 
+def test_two_checkers_are_shown_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"question": "a", "answer": "1/2", "solution": r"so \boxed{0.5}"}, {"question": "b", "answer": "3", "solution": r"so \boxed{4}"}]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "mine.py").write_text("def text(completion, answer): return float(f' {answer} ' in completion)\n")
+    second = f"{tmp_path / 'mine.py'}:text"
+    assert run("rewards", "check", str(tmp_path / "data.jsonl"), "--against", second, "--completions", "solution") == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "disagree: 1 of 4" in out
+    assert "2 of 2 golds accepted, 2 of 4 in all" in out
+    assert "solution: 1 of 2 accepted (50.00%)" in out
+    assert run("rewards", "check", str(tmp_path / "data.jsonl"), "--completions", "text") == 2
+
+
 def test_reward_of_the_users_is_called_on_sample_rows(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "mine.py").write_text(
         "def exact(prompts, completions, answer, **columns):\n    return [float(a in c) for a, c in zip(answer, completions)]\n", encoding="utf-8"
