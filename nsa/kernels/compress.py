@@ -24,7 +24,7 @@ import triton.language as tl
 
 from nsa.attention import CompressorWeights
 from nsa.config import SparsityConfig
-from nsa.kernels.launch import dot_precision, padded
+from nsa.kernels.launch import ceil_div, dot_precision, launch, padded, power_of_two
 from nsa.kernels.tiles import KernelPlan
 
 
@@ -215,7 +215,8 @@ def row_product(left: torch.Tensor, right: torch.Tensor, added: torch.Tensor | N
     out = torch.empty(num_rows, width, dtype=left.dtype, device=left.device)
     exact = left.dtype == torch.float32
     rows, columns, step = 64 if exact else 128, min(64 if exact else 128, padded(width)), min(32 if exact else 64, padded(depth))
-    product_kernel[(triton.cdiv(num_rows, rows) * triton.cdiv(width, columns),)](
+    launch(
+        product_kernel, (ceil_div(num_rows, rows) * ceil_div(width, columns),),
         left, right, left if added is None else added, out, num_rows, *right.stride(),
         DEPTH=depth, WIDTH=width, ROWS=rows, COLUMNS=columns, STEP=step, ADD=added is not None, PRECISION=dot_precision(),
         num_warps=4 if exact else 8, num_stages=2 if exact else 3,
@@ -230,43 +231,39 @@ def tile_rows(width: int) -> int:
 
 def pool(x: torch.Tensor, layout: Layout) -> torch.Tensor:
     """Means of the blocks of x `[Tk, H, D]`: `[C, H, D]`."""
-    dim, rows, width = x.shape[2], layout.num_compressed, triton.next_power_of_2(x.shape[2])
+    dim, rows, width = x.shape[2], layout.num_compressed, power_of_two(x.shape[2])
     out = torch.empty(rows, *x.shape[1:], dtype=x.dtype, device=x.device)
     size = tile_rows(width) // 2 or 1
-    pool_kernel[(triton.cdiv(rows, size), x.shape[1])](
-        x, out, *layout.arguments, rows, *x.stride()[:2], *out.stride()[:2], DIM=dim, WIDTH=width, BLOCK=layout.block, STRIDE=layout.stride, ROWS=size
-    )
+    launch(
+        pool_kernel, (ceil_div(rows, size), x.shape[1]),
+        x, out, *layout.arguments, rows, *x.stride()[:2], *out.stride()[:2],
+        DIM=dim, WIDTH=width, BLOCK=layout.block, STRIDE=layout.stride, ROWS=size,
+    )  # fmt: skip
     return out
 
 
 def pack(x: torch.Tensor, layout: Layout) -> torch.Tensor:
     """Chunks of x `[Tk, H, D]` as the rows of a matrix `[R·H, d·D]`."""
-    (_, heads, dim), width = x.shape, triton.next_power_of_2(x.shape[2])
+    (_, heads, dim), width = x.shape, power_of_two(x.shape[2])
     packed = torch.empty(layout.num_chunks * heads, layout.stride * dim, dtype=x.dtype, device=x.device)
     size = tile_rows(width)
-    pack_kernel[(triton.cdiv(layout.num_chunks * layout.stride, size), heads)](
-        x,
-        packed,
-        *layout.arguments,
-        layout.num_chunks,
-        heads,
-        *x.stride()[:2],
-        DIM=dim,
-        WIDTH=width,
-        STRIDE=layout.stride,
-        RATIO=layout.ratio,
-        ROWS=size,
-    )
+    launch(
+        pack_kernel, (ceil_div(layout.num_chunks * layout.stride, size), heads),
+        x, packed, *layout.arguments, layout.num_chunks, heads, *x.stride()[:2],
+        DIM=dim, WIDTH=width, STRIDE=layout.stride, RATIO=layout.ratio, ROWS=size,
+    )  # fmt: skip
     return packed
 
 
 def scatter(d_out: torch.Tensor, d_packed: torch.Tensor | None, num_tokens: int, layout: Layout) -> torch.Tensor:
     """Gradient of x `[Tk, H, D]` from those of the means `[C, H, D]` and of the packed chunks."""
-    (_, heads, dim), width = d_out.shape, triton.next_power_of_2(d_out.shape[2])
+    (_, heads, dim), width = d_out.shape, power_of_two(d_out.shape[2])
     d_x = torch.empty(num_tokens, heads, dim, dtype=d_out.dtype, device=d_out.device)
     size = tile_rows(width)
-    scatter_kernel[(triton.cdiv(num_tokens, size), heads)](
-        d_out, d_out if d_packed is None else d_packed, d_x, *layout.arguments, num_tokens, heads, *d_out.stride()[:2], *d_x.stride()[:2],
+    launch(
+        scatter_kernel, (ceil_div(num_tokens, size), heads),
+        d_out, d_out if d_packed is None else d_packed, d_x,
+        *layout.arguments, num_tokens, heads, *d_out.stride()[:2], *d_x.stride()[:2],
         DIM=dim, WIDTH=width, BLOCK=layout.block, STRIDE=layout.stride, RATIO=layout.ratio, ROWS=size, MLP=d_packed is not None,
     )  # fmt: skip
     return d_x
@@ -280,8 +277,9 @@ def mlp_forward(
     parts = row_product(pack(x, layout), up.T, None, layout)
     hidden = torch.empty(rows, size, dtype=torch.float32, device=x.device)
     active = torch.empty(rows, size, dtype=x.dtype, device=x.device)
-    columns = min(128, triton.next_power_of_2(size))
-    activate_kernel[(triton.cdiv(rows, 32), triton.cdiv(size, columns))](
+    columns = min(128, power_of_two(size))
+    launch(
+        activate_kernel, (ceil_div(rows, 32), ceil_div(size, columns)),
         parts, bias, hidden, active, layout.compressed_ends, layout.num_sequences, rows, heads,
         SIZE=size, RATIO=layout.ratio, ROWS=32, COLUMNS=columns,
     )  # fmt: skip
@@ -296,8 +294,9 @@ def mlp_backward(
     d_rows = d_out.flatten(0, 1)
     d_down = d_rows.T @ (hidden * torch.sigmoid(hidden)).to(x.dtype)
     d_parts = torch.empty(layout.num_chunks * heads, layout.ratio, size, dtype=x.dtype, device=x.device)
-    rows, columns = d_parts.shape[0] * layout.ratio, min(128, triton.next_power_of_2(size))
-    activate_backward_kernel[(triton.cdiv(rows, 32), triton.cdiv(size, columns))](
+    rows, columns = d_parts.shape[0] * layout.ratio, min(128, power_of_two(size))
+    launch(
+        activate_backward_kernel, (ceil_div(rows, 32), ceil_div(size, columns)),
         row_product(d_rows, down, None, layout), hidden, d_parts, layout.compressed_ends, layout.num_sequences, rows, heads,
         SIZE=size, RATIO=layout.ratio, ROWS=32, COLUMNS=columns,
     )  # fmt: skip

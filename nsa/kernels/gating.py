@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from nsa.kernels.launch import ceil_div, launch, power_of_two
+
 
 @triton.jit
 def gate_backward_kernel(
@@ -55,10 +57,11 @@ def gate_backward(
     num_tokens, num_heads, dim = d_out.shape
     d_gates = torch.empty(gates.shape, dtype=gates.dtype, device=gates.device)
     delta = torch.empty(gates.shape, dtype=torch.float32, device=gates.device)
-    num_rows, width = num_tokens * num_heads, triton.next_power_of_2(dim)
+    num_rows, width = num_tokens * num_heads, power_of_two(dim)
     rows = max(1, 4096 // width)
     if num_rows:
-        gate_backward_kernel[(triton.cdiv(num_rows, rows),)](
+        launch(
+            gate_backward_kernel, (ceil_div(num_rows, rows),),
             d_out, gates, *parts, d_gates, delta, num_rows, num_heads, *d_out.stride()[:2], *gates.stride(),
             *(stride for part in parts for stride in part.stride()[:2]), DIM=dim, WIDTH=width, ROWS=rows, num_warps=4,
         )  # fmt: skip

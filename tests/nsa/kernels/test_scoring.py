@@ -99,6 +99,25 @@ def test_more_blocks_than_a_tile_holds():
     check([600], config, query_lengths=[9], num_kv_heads=1, dtype=torch.float16)
 
 
+def test_more_chosen_blocks_than_a_quarter_of_the_lanes():
+    config = SparsityConfig(compress_block_size=4, compress_stride=2, select_block_size=4, num_selected_blocks=40, compressor="mean")
+    check([600], config, query_lengths=[5], num_kv_heads=1, group=1)
+
+
+def test_long_rows_in_one_warp_and_in_several(monkeypatch):
+    """1,050 blocks: two warps of 8 repeats each, one warp of 16."""
+    config = SparsityConfig(compress_block_size=4, compress_stride=2, select_block_size=4, num_selected_blocks=5, compressor="mean")
+    generator = torch.Generator().manual_seed(5)
+    plan = KernelPlan(cumulative([3]), cumulative([4200]), config=config, device=torch.device(DEVICE))
+    q, kc = (torch.randn(*shape, generator=generator).to(DEVICE) for shape in ((3, 2, 16), (plan.num_compressed, 1, 16)))
+    chosen = []
+    for scores in (1024, 2048):
+        monkeypatch.setattr(scoring, "CHOOSE_SCORES", scores)
+        chosen.append(choose_blocks(q, kc, torch.full((3, 2), 5.0, device=DEVICE), plan, config, scale=0.3))
+    assert torch.equal(*chosen)
+    assert (chosen[0][..., [0, -2, -1]] == torch.tensor([0, 1048, 1049], device=DEVICE)).all()
+
+
 def test_chunks_of_tiles_give_the_same(monkeypatch):
     whole = check([111, 63], SMALL, num_kv_heads=1)
     monkeypatch.setattr(scoring, "SCRATCH_BYTES", 1)
@@ -128,12 +147,12 @@ def test_chunks_cover_every_tile_and_are_wide_enough(monkeypatch, lengths, query
             assert width >= last // config.select_block_size + 1
 
 
-def test_ties_go_to_the_lower_block():
-    q, lengths = torch.zeros(4, 2, 16, device=DEVICE), [128]
-    kc = torch.ones(31, 1, 16, device=DEVICE)
-    plan = KernelPlan(cumulative([4]), cumulative(lengths), config=SMALL, device=torch.device(DEVICE))
+@pytest.mark.parametrize(("length", "chosen"), [(128, [0, 1, 6, 7]), (3200, [0, 1, 198, 199])])
+def test_ties_go_to_the_lower_block(length, chosen):
+    plan = KernelPlan(cumulative([4]), cumulative([length]), config=SMALL, device=torch.device(DEVICE))
+    q, kc = torch.zeros(4, 2, 16, device=DEVICE), torch.ones(plan.num_compressed, 1, 16, device=DEVICE)
     lse = torch.full((4, 2), 1000.0, device=DEVICE)  # every probability underflows to zero
-    assert choose_blocks(q, kc, lse, plan, SMALL, scale=1.0).tolist() == [[[0, 1, 6, 7]]] * 4
+    assert choose_blocks(q, kc, lse, plan, SMALL, scale=1.0).tolist() == [[chosen]] * 4
 
 
 def test_a_sequence_does_not_depend_on_its_neighbours():
