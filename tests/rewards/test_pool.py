@@ -1,6 +1,7 @@
 """The worker pool: hangs, crashes, faults, memory, threads and asyncio, and no process left behind."""
 
 import asyncio
+import gc
 import json
 import logging
 import os
@@ -250,3 +251,116 @@ def test_rewards_does_not_import_torch() -> None:
     code = "import sys, rewards.pool, rewards.registry, rewards.correctness; sys.exit(bool({'torch', 'sympy'} & set(sys.modules)))"
     root = str(Path(__file__).resolve().parents[2])
     assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
+
+
+BOMBS = [
+    "9^{9^{9^9}}", "10^9!", "(10^9)!", "(" * 5000 + "1" + ")" * 5000, "9" * 100_000, "\x00" * 1000, "__import__('os').system('touch {}')",
+    r"\frac{" * 3000, "1," * 50_000, r"(x+1)^{500}(x+2)^{500}",
+]  # fmt: skip
+
+
+def ordinary(number: int) -> str:
+    return f"<think> {'She sells the eggs and keeps the rest. ' * 8} </think> <answer> {number % 7} </answer>"
+
+
+def test_200_bombs_among_4096_samples_lose_no_result_and_execute_nothing(tmp_path: Path) -> None:
+    marker = tmp_path / "executed"
+    texts = [ordinary(number) for number in range(4096)]
+    for place in range(200):
+        texts[place * 20 + 3] = f"<answer> {BOMBS[place % len(BOMBS)].replace('{}', str(marker))} </answer>"
+    with WorkerPool([FunctionSpec(name="accuracy")], deadline_s=5.0) as pool:
+        before = time.perf_counter()
+        futures = [pool.submit(samples(*texts[first : first + 16])) for first in range(0, 4096, 16)]
+        rows = [row[0] for future in futures for row in result(future)]
+        spent = time.perf_counter() - before
+        assert pool.counters == {}
+    assert len(rows) == 4096
+    assert [row.fault for row in rows] == [None] * 4096
+    bombs = {place * 20 + 3 for place in range(200)}
+    assert [row.value for row in rows] == [float(number % 7 == 4 and number not in bombs) for number in range(4096)]
+    assert spent < 60  # seconds on an idle machine; one bomb of each kind costs milliseconds
+    assert not marker.exists()
+
+
+def test_each_bomb_costs_the_builtin_checker_at_most_50_ms_of_cpu(tmp_path: Path) -> None:
+    from rewards.correctness import accuracy
+
+    for bomb in BOMBS:
+        text = f"<answer> {bomb.replace('{}', str(tmp_path / 'executed'))} </answer>"
+        best = 1.0
+        for _ in range(3):
+            start = time.process_time()
+            assert accuracy(completion=text, answer="4").value == 0.0
+            best = min(best, time.process_time() - start)
+        assert best <= 0.05, bomb[:30]
+
+
+def test_hanging_functions_cost_the_deadline_each_and_no_result_is_lost(path: str) -> None:
+    texts = ["hang" if number % 40 == 7 else "ok" for number in range(240)]
+    with WorkerPool([FunctionSpec(name=f"{path}:own")], workers=2, deadline_s=0.3) as pool:
+        start = time.perf_counter()
+        rows = [row[0] for future in [pool.submit(samples(*texts[first : first + 8])) for first in range(0, 240, 8)] for row in result(future)]
+        spent = time.perf_counter() - start
+    assert [row.fault for row in rows] == ["timeout" if text == "hang" else None for text in texts]
+    assert spent < 6 * (0.3 + 2.0)  # two workers share six hangs; the rest is room for starts on a busy machine
+
+
+def test_results_stream_before_a_hang_is_over(path: str) -> None:
+    with WorkerPool([FunctionSpec(name=f"{path}:own")], workers=2, deadline_s=3.0) as pool:
+        result(pool.submit(samples("ok", "ok")))
+        slow = pool.submit(samples("hang"))
+        start = time.perf_counter()
+        assert [row[0].fault for row in result(pool.submit(samples(*["ok"] * 20)))] == [None] * 20
+        assert time.perf_counter() - start < 2.0
+        assert not slow.done()
+        assert result(slow)[0][0].fault == "timeout"
+
+
+@pytest.mark.ray
+def test_deadlines_hold_inside_a_ray_actor(path: str) -> None:
+    script = (
+        "import os, sys, time\nos.environ['RAY_USAGE_STATS_ENABLED'] = '0'\nimport ray\n"
+        "ray.init(address='local', num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level='error', object_store_memory=80 * 2**20)\n"
+        "@ray.remote(max_concurrency=4)\nclass Actor:\n"
+        "    def __init__(self):\n"
+        "        from rewards.pool import FunctionSpec, WorkerPool\n"
+        f"        self.pool = WorkerPool([FunctionSpec(name={path + ':own'!r})], deadline_s=0.5)\n"
+        "    def score(self, texts):\n"
+        "        from rewards.base import Sample\n"
+        "        rows = self.pool.submit([Sample(prompt='', completion=text, answer='') for text in texts]).result(timeout=30)\n"
+        "        return [row[0].fault for row in rows]\n"
+        "actor = Actor.remote()\n"
+        "print(ray.get([actor.score.remote(['ok', 'hang', 'power', 'ok']), actor.score.remote(['ok', 'crash'])], timeout=100))\n"
+    )
+    root = str(Path(__file__).resolve().parents[2])
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=root, capture_output=True, text=True, timeout=200, env={**os.environ, "PYTHONPATH": root}
+    )
+    assert done.stdout.strip() == "[[None, 'timeout', 'timeout', None], [None, 'crash']]", done.stderr[-2000:]
+
+
+def rss_kb(process_id: int) -> int:
+    return next(int(line.split()[1]) for line in Path(f"/proc/{process_id}/status").read_text().split("\n") if line.startswith("VmRSS"))
+
+
+@pytest.mark.slow
+def test_fifty_rounds_of_bombs_and_hangs_leak_neither_processes_nor_memory(path: str, tmp_path: Path) -> None:
+    bombs = [f"<answer> {bomb.replace('{}', str(tmp_path / 'executed'))} </answer>" for bomb in BOMBS]
+    with WorkerPool([FunctionSpec(name="accuracy"), FunctionSpec(name=f"{path}:own")], deadline_s=0.2) as pool:
+
+        def one_round() -> None:
+            rows = result(pool.submit(samples(*bombs, "hang", "crash", "ok", *map(ordinary, range(16)))))
+            assert len(rows) == len(bombs) + 19
+
+        for _ in range(5):
+            one_round()
+        gc.collect()
+        own, descriptors, children = rss_kb(os.getpid()), len(os.listdir("/proc/self/fd")), len(pool.process_ids())
+        for _ in range(50):
+            one_round()
+        gc.collect()
+        assert len(pool.process_ids()) <= max(3, children)
+        assert len(os.listdir("/proc/self/fd")) <= descriptors + 4
+        assert rss_kb(os.getpid()) - own < 20_000
+        assert all(rss_kb(process_id) < 300_000 for process_id in pool.process_ids())
+    assert not (tmp_path / "executed").exists()
