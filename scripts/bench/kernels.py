@@ -1,14 +1,14 @@
 """Check, then time the sparse-attention kernels beside dense attention and other public kernels, in one run on one GPU.
 
-    python scripts/bench/kernels.py                                       # layouts a and b, 8k to 64k, everything
+    python scripts/bench/kernels.py                                       # everything: three layouts, 1k to 128k
     python scripts/bench/kernels.py --layouts smollm2 --lengths 1024,8192 --parts forward,backward,dense
-    python scripts/bench/kernels.py --parts forward,dense --lengths 131072        # the longest: forward alone
     python scripts/bench/kernels.py --parts decode --batches 1,32 --output scripts/bench/RESULTS.md
     python scripts/bench/kernels.py --parts dense,peers --peers ~/sfnsa,~/fla --peer-names sfnsa,fla
 
 Layouts (query heads / KV heads / head dim): a 64/4/128, b 32/8/128, smollm2 9/3/64; the paper's l 32, d 16, l' 64, n 16, w 512.
 Dense: PyTorch's SDPA with the flash and the cuDNN backend, whichever runs; peers: attention/peers.py. Times are CUDA events around single
-calls, the median of `--repeats` after a warm-up; decode steps are CUDA graphs replayed after the L2 cache was overwritten.
+calls, the median of `--repeats` after a warm-up, going round several sets of inputs where one would stay in the L2 cache (branches
+by themselves use one); decode steps are CUDA graphs replayed after the L2 cache was overwritten.
 The floor of a row is the larger of its FLOPs at the GEMM rate and its bytes at the copy rate measured here.
 Blocks are always the kernels' own choice, on keys that drift slowly along the sequence as trained models' do, or on random keys,
 which makes it a random choice (worst locality). Single branches have given random blocks instead.
@@ -46,40 +46,51 @@ from nsa.testing import clear_choices, make_inputs, relative_rms, same_blocks
 from scripts.bench.attention.first_call import KINDS, LENGTH, first_call_seconds
 from scripts.bench.attention.peers import NAMES, peer_decode_rows, peer_rows
 from scripts.bench.attention.timing import Row, graph_ms, measure_rates, peak_gb, render, time_ms
-from scripts.bench.attention.workload import CONFIG, DTYPE, LAYOUTS, Problem, make_problem, make_step, random_selection, visible_pairs, whole_work
+from scripts.bench.attention.workload import (
+    CONFIG,
+    DTYPE,
+    LAYOUTS,
+    Problem,
+    make_problems,
+    make_step,
+    random_selection,
+    rotation,
+    visible_pairs,
+    whole_work,
+)
 
+LONGEST_TRAINING = 65536
+"""Beyond this length, forward alone is timed, ours and dense."""
 PARTS = ("forward", "backward", "branches", "deterministic", "dense", "peers", "decode", "first-call")
 
 
-def attention_rows(problem: Problem, parts: Sequence[str], repeats: int, *, deterministic: bool = False) -> Iterator[Row]:
+def attention_rows(problems: Sequence[Problem], parts: Sequence[str], repeats: int, *, deterministic: bool = False) -> Iterator[Row]:
     """The whole of `nsa_attention`, forward without gradient, forward that keeps what the backward needs, and backward."""
+    problem = problems[0]
     kind = f"deterministic, {problem.keys}" if deterministic else problem.keys
     common = {"layout": problem.layout, "length": problem.length}
 
-    def forward() -> Tensor:
-        out = nsa_attention(
-            problem.q, problem.kv, problem.gates, phi=problem.phi, config=CONFIG, deterministic=deterministic, backend="triton"
-        )  # fmt: skip
+    def forward(index: int) -> Tensor:
+        x = problems[index % len(problems)]
+        out = nsa_attention(x.q, x.kv, x.gates, phi=x.phi, config=CONFIG, deterministic=deterministic, backend="triton")
         assert isinstance(out, Tensor)
         return out
+
+    def train(index: int) -> Tensor:
+        out, x = forward(index), problems[index % len(problems)]
+        out.backward(x.d_out)
+        for leaf in x.leaves:
+            leaf.grad = None
+        return out.detach()
 
     if "forward" in parts:
         with torch.no_grad():
             flops, bytes_ = whole_work(problem.layout, problem.length, backward=False)
-            ms = time_ms(lambda _: forward(), repeats=repeats)
-            yield Row(**common, name=f"nsa forward, {kind}", ms=ms, flops=flops, bytes=bytes_, peak_gb=peak_gb(forward))
+            ms = time_ms(forward, repeats=repeats)
+            yield Row(**common, name=f"nsa forward, {kind}", ms=ms, flops=flops, bytes=bytes_, peak_gb=peak_gb(lambda: forward(0)))
     if "backward" in parts:
-
-        def train() -> Tensor:
-            out = forward()
-            out.backward(problem.d_out)
-            for leaf in problem.leaves:
-                leaf.grad = None
-            return out.detach()
-
-        train()
-        peak, kept_ms = peak_gb(train), time_ms(lambda _: forward(), repeats=repeats)
-        both_ms = time_ms(lambda _: train(), repeats=repeats)
+        train(0)
+        peak, kept_ms, both_ms = peak_gb(lambda: train(0)), time_ms(forward, repeats=repeats), time_ms(train, repeats=repeats)
         flops, bytes_ = whole_work(problem.layout, problem.length, backward=True)
         yield Row(**common, name=f"nsa, kept for the other pass, {kind}", ms=kept_ms)
         yield Row(**common, name=f"nsa backward, {kind}", ms=both_ms - kept_ms, flops=flops, bytes=bytes_, peak_gb=peak)
@@ -135,24 +146,30 @@ def branch_rows(problem: Problem, repeats: int) -> Iterator[Row]:
 def dense_rows(layout: str, length: int, parts: Sequence[str], repeats: int) -> Iterator[Row]:
     """SDPA with the flash and the cuDNN backend, causal, grouped heads; a backend that refuses is left out."""
     num_heads, heads, dim = LAYOUTS[layout]
-    q = torch.randn(1, num_heads, length, dim, device="cuda", dtype=DTYPE, requires_grad=True)
-    k, v = (torch.randn(1, heads, length, dim, device="cuda", dtype=DTYPE, requires_grad=True) for _ in range(2))
-    d_out = torch.randn(1, num_heads, length, dim, device="cuda", dtype=DTYPE)
+
+    def draw(heads: int) -> Tensor:
+        return torch.randn(1, heads, length, dim, device="cuda", dtype=DTYPE, requires_grad=True)
+
+    inputs = [(draw(num_heads), draw(heads), draw(heads)) for _ in range(rotation(layout, length))]
+    d_out = draw(num_heads).detach()
     flops = num_heads * dim * visible_pairs(length)["dense"]
     for name, backend in (("FA2", SDPBackend.FLASH_ATTENTION), ("cuDNN", SDPBackend.CUDNN_ATTENTION)):
 
-        def forward(backend: SDPBackend = backend) -> Tensor:
+        def forward(index: int, backend: SDPBackend = backend) -> Tensor:
+            q, k, v = inputs[index % len(inputs)]
             with sdpa_kernel(backend):
                 return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
         try:
             with torch.no_grad():
-                ms = time_ms(lambda _: forward(), repeats=repeats)
-            yield Row(layout=layout, length=length, name=f"dense {name} forward", ms=ms, flops=4 * flops)
+                yield Row(layout=layout, length=length, name=f"dense {name} forward", ms=time_ms(forward, repeats=repeats), flops=4 * flops)
             if "backward" in parts:
-                out = forward()
-                ms = time_ms(lambda _, out=out: torch.autograd.grad(out, (q, k, v), d_out, retain_graph=True), repeats=repeats)
-                yield Row(layout=layout, length=length, name=f"dense {name} backward", ms=ms, flops=10 * flops)
+                outs = [forward(index) for index in range(len(inputs))]
+
+                def backward(index: int, outs: list[Tensor] = outs) -> object:
+                    return torch.autograd.grad(outs[index % len(outs)], inputs[index % len(outs)], d_out, retain_graph=True)
+
+                yield Row(layout=layout, length=length, name=f"dense {name} backward", ms=time_ms(backward, repeats=repeats), flops=10 * flops)
         except RuntimeError as error:
             print(f"dense {name} {layout} {length}: refused ({str(error).splitlines()[0][:120]})", file=sys.stderr)
 
@@ -226,8 +243,8 @@ def first_call_rows(layout: str) -> Iterator[Row]:
 def arguments() -> argparse.Namespace:
     """The command line, lists split and names checked."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--layouts", default="a,b", help=f"of {', '.join(LAYOUTS)}")
-    parser.add_argument("--lengths", default="8192,16384,32768,65536")
+    parser.add_argument("--layouts", default=",".join(LAYOUTS), help=f"of {', '.join(LAYOUTS)}")
+    parser.add_argument("--lengths", default="1024,2048,4096,8192,16384,32768,65536,131072")
     parser.add_argument("--parts", default=",".join(PARTS), help=f"of {', '.join(PARTS)}")
     parser.add_argument("--keys", default="drifting,random", help="which keys whole calls and branches are timed on")
     parser.add_argument("--batches", default="1,32", help="of the decode steps")
@@ -251,20 +268,22 @@ def arguments() -> argparse.Namespace:
 def rows_of(layout: str, length: int, args: argparse.Namespace) -> Iterator[Row]:
     """Every row of a layout and length that was asked for."""
     parts, repeats = args.parts, args.repeats
+    if length > LONGEST_TRAINING:
+        parts = tuple(part for part in parts if part in ("forward", "dense"))
     whole = {"forward", "backward", "branches", "deterministic"} & set(parts)
     for keys in args.keys if whole else ():
-        problem = make_problem(layout, length, realistic=keys == "drifting")
-        yield from attention_rows(problem, parts, repeats)
-        if "deterministic" in parts and problem.realistic:
-            yield from attention_rows(problem, parts, repeats, deterministic=True)
+        problems = make_problems(layout, length, realistic=keys == "drifting")
+        yield from attention_rows(problems, parts, repeats)
+        if "deterministic" in parts and keys == "drifting":
+            yield from attention_rows(problems, parts, repeats, deterministic=True)
         if "branches" in parts:
-            yield from branch_rows(problem, repeats)
-        del problem
+            yield from branch_rows(problems[0], repeats)
+        del problems
         torch.cuda.empty_cache()
     if "dense" in parts:
         yield from dense_rows(layout, length, parts, max(3, repeats // 2))
     if "peers" in parts:
-        yield from peer_rows(make_problem(layout, length, realistic=True), max(3, repeats // 2), args.peer_names)
+        yield from peer_rows(make_problems(layout, length, realistic=True), max(3, repeats // 2), args.peer_names)
     if "decode" in parts:
         for batch in args.batches:
             yield from decode_rows(layout, length, batch, 4 * repeats)

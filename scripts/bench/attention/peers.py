@@ -15,7 +15,7 @@ PyTorch's copy of the same kernel (FA2). Nothing of theirs is kept in this repos
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -122,22 +122,27 @@ def fa4(problem: Problem, window: int | None) -> Forward:
     return forward
 
 
-def measured(problem: Problem, name: str, forward: Forward, repeats: int, work: Callable[[bool], tuple[float, float]]) -> Iterator[Row]:
+def measured(
+    problems: Sequence[Problem], name: str, forwards: Sequence[Forward], repeats: int, work: Callable[[bool], tuple[float, float]]
+) -> Iterator[Row]:  # fmt: skip
     """Rows of a forward without gradient, and of the backward: both together less the forward that keeps what it needs."""
-    common = {"layout": problem.layout, "length": problem.length}
-    with torch.no_grad():
-        ms, (flops, bytes_) = time_ms(lambda _: forward(), repeats=repeats, warmup=2), work(False)
-        yield Row(**common, name=f"{name} forward", ms=ms, flops=flops, bytes=bytes_, peak_gb=peak_gb(forward))
+    common = {"layout": problems[0].layout, "length": problems[0].length}
 
-    def train() -> Tensor:
-        out = forward()
+    def forward(index: int) -> Tensor:
+        return forwards[index % len(forwards)]()
+
+    def train(index: int) -> Tensor:
+        out, problem = forward(index), problems[index % len(problems)]
         out.backward(problem.d_out)
         for leaf in problem.leaves:
             leaf.grad = None
         return out.detach()
 
-    train()
-    peak, kept, both = peak_gb(train), time_ms(lambda _: forward(), repeats=repeats, warmup=1), time_ms(lambda _: train(), repeats=repeats, warmup=1)
+    with torch.no_grad():
+        ms, (flops, bytes_) = time_ms(forward, repeats=repeats, warmup=2), work(False)
+        yield Row(**common, name=f"{name} forward", ms=ms, flops=flops, bytes=bytes_, peak_gb=peak_gb(lambda: forward(0)))
+    train(0)
+    peak, kept, both = peak_gb(lambda: train(0)), time_ms(forward, repeats=repeats, warmup=1), time_ms(train, repeats=repeats, warmup=1)
     flops, bytes_ = work(True)
     yield Row(**common, name=f"{name} backward", ms=both - kept, flops=flops, bytes=bytes_, peak_gb=peak)
 
@@ -146,26 +151,26 @@ WHOLE = {"sfnsa": sfnsa, "xunhao": xunhao, "fsa": fsa, "fla": fla}
 NAMES = (*WHOLE, "FA4", "FA2")
 
 
-def peer_rows(problem: Problem, repeats: int, names: tuple[str, ...] = NAMES) -> Iterator[Row]:
+def peer_rows(problems: Sequence[Problem], repeats: int, names: tuple[str, ...] = NAMES) -> Iterator[Row]:
     """Every peer of `names` that can be imported and takes this layout; one line on stderr for each that cannot."""
-    layout, length = problem.layout, problem.length
+    layout, length = problems[0].layout, problems[0].length
     num_heads, _, dim = LAYOUTS[layout]
 
     def banded(branch: str) -> Callable[[bool], tuple[float, float]]:
         return lambda backward: ((10.0 if backward else 4.0) * num_heads * dim * visible_pairs(length)[branch], 0.0)
 
-    jobs: list[tuple[str, Callable[[], Forward], Callable[[bool], tuple[float, float]]]] = []
+    jobs: list[tuple[str, Callable[[Problem], Forward], Callable[[bool], tuple[float, float]]]] = []
     for name in names:
         if name in WHOLE:
-            jobs.append((f"peer {name}", lambda make=WHOLE[name]: make(problem), lambda backward: whole_work(layout, length, backward=backward)))
+            jobs.append((f"peer {name}", WHOLE[name], lambda backward: whole_work(layout, length, backward=backward)))
         elif name == "FA4":
-            jobs.append(("dense FA4", lambda: fa4(problem, None), banded("dense")))
-            jobs.append(("window FA4", lambda: fa4(problem, CONFIG.window_size), banded("win")))
+            jobs.append(("dense FA4", lambda problem: fa4(problem, None), banded("dense")))
+            jobs.append(("window FA4", lambda problem: fa4(problem, CONFIG.window_size), banded("win")))
         else:
-            jobs.append(("window FA2", lambda: lambda: fa2_window(problem.q, *problem.kv.win), banded("win")))
+            jobs.append(("window FA2", lambda problem: lambda: fa2_window(problem.q, *problem.kv.win), banded("win")))
     for name, make, work in jobs:
         try:
-            yield from measured(problem, name, make(), repeats, work)
+            yield from measured(problems, name, [make(problem) for problem in problems], repeats, work)
         except Exception as error:  # noqa: BLE001 — whatever a peer does, the others go on
             leave_out(f"{name} {layout} {length}", error)
         torch.cuda.empty_cache()

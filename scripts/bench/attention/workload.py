@@ -79,6 +79,17 @@ def make_problem(layout: str, length: int, *, realistic: bool, seed: int = 0) ->
     )
 
 
+def rotation(layout: str, length: int) -> int:
+    """How many sets of inputs calls go round, so that none finds its own in the L2 cache: 1 to 8, together twice its 50 MB or more."""
+    num_heads, heads, dim = LAYOUTS[layout]
+    return max(1, min(8, -(-100_000_000 // (2 * length * dim * (num_heads + 6 * heads)))))
+
+
+def make_problems(layout: str, length: int, *, realistic: bool) -> list[Problem]:
+    """As many problems as `rotation` says, each with numbers of its own."""
+    return [make_problem(layout, length, realistic=realistic, seed=seed) for seed in range(rotation(layout, length))]
+
+
 def random_selection(length: int, heads: int, seed: int = 0) -> Tensor:
     """int32 `[T, heads, n]`: the forced blocks and random others, ascending."""
     generator = torch.Generator("cuda").manual_seed(seed)
