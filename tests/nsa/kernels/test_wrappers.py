@@ -48,9 +48,12 @@ def test_torch_compile_traces_attention_as_one_graph(compressor: str) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_torch_compile_with_inductor() -> None:
+    from torch._inductor import config as inductor
+
     options = {"num_kv_heads": 1, "group_size": 4, "key_dim": 64, "value_dim": 64, "dtype": torch.bfloat16, "device": "cuda"}
-    with torch._inductor.config.patch(compile_threads=1):
+    with inductor.patch(compile_threads=1):
         compiled_against_eager(make_inputs(PAPER, lengths=[300, 90], **options), "inductor")
 
 
