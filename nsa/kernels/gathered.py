@@ -5,7 +5,8 @@ head and range of queries after another, so that the scratch stays small.
 
     forward   gathered_forward_kernel (softmax of each block by itself) -> merge_kernel, which also computes the blocks
               that neighbouring queries share (the sequence's first and each query's last), so that they skip the scratch
-    backward  gathered_backward_kernel (dk, dv of a block; parts of dq) -> add_segments_kernel, add_dq_kernel
+    backward  gathered_backward_kernel, on Hopper for small groups hopper_backward_kernel of gathered_hopper.py (dk, dv of a
+              block; parts of dq) -> add_segments_kernel, add_dq_kernel
 
 No atomics; ranges and parts of lists are cut from each sequence's own start, so results are the same from run to run and
 whatever else is in the batch. Leaves out small batches, big groups and fp32 (selected.py).
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -24,8 +25,9 @@ import triton
 import triton.language as tl
 
 from nsa.config import SparsityConfig
+from nsa.kernels.banded import runs_hopper_kernels
 from nsa.kernels.inverse import InverseIndex, Work, cut_lists, query_cuts
-from nsa.kernels.launch import LOG2_E, dot_precision, padded
+from nsa.kernels.launch import LOG2_E, ceil_div, dot_precision, launch, padded, power_of_two
 from nsa.kernels.tiles import KernelPlan
 
 MIN_QUERIES = 4096
@@ -34,6 +36,8 @@ MAX_GROUP = 16
 MAX_FORWARD_GROUP = 8  # at 16 the query-major forward is faster (18.0 against 21.0 ms at 64k on an H100)
 MAX_BLOCK_BYTES = 2**17  # K and V beyond this do not fit into shared memory beside the queries
 DTYPES = (torch.bfloat16, torch.float16)
+MAX_HOPPER_GROUP = 4
+"""Groups up to this take the Hopper kernel in the backward pass (16.7 against 18.8 ms with 4, 43 against 36 ms with 16, at 64k)."""
 
 
 class Launch(NamedTuple):
@@ -75,6 +79,14 @@ def gather_shapes(dims: int, group: int, dtype: torch.dtype) -> GatherShapes:
     return GatherShapes(forward=forward, merge=merge, backward=backward, add_dq=add_dq, forward_part=1024, backward_part=8192)
 
 
+def takes_hopper(d_out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, size: int) -> bool:
+    """Whether the backward pass runs on gathered_hopper.py, which is imported only where it can run: small groups, head
+    dimensions of 128, blocks of 64 keys, rows that can be copied 16 bytes at a time."""
+    fits = q.shape[2] == v.shape[2] == 128 and size == 64 and q.shape[1] <= MAX_HOPPER_GROUP * k.shape[1] and q.dtype in DTYPES
+    aligned = all(x.data_ptr() % 16 == 0 and x.stride(0) % 16 == 0 and x.stride(1) % 16 == 0 for x in (d_out, q, k, v))
+    return fits and aligned and runs_hopper_kernels(q.device)
+
+
 def gathers(group: int, num_queries: int | None, block_bytes: int, dtype: torch.dtype, *, backward: bool) -> bool:
     """Whether to go block by block: the fixed rule on group size, packed queries (None: whatever their number), bytes of a
     block's K and V, and dtype."""
@@ -102,7 +114,7 @@ def load_block(
 
 @triton.jit(do_not_specialize=["range_number", "first_head", "first_query", "num_rows"])
 def gathered_forward_kernel(
-    q, k, v, partial, stats, queries, slots, blocks, firsts, sizes, block_sequence, block_ends, query_ends, key_ends,
+    q, k, v, partial, stats, queries, slots, counts, blocks, firsts, sizes, block_sequence, block_ends, query_ends, key_ends,
     q_row, q_head, k_row, k_head, v_row, v_head, num_kv_heads, range_number, first_head, first_query, num_rows, scale_log2,
     GROUP: tl.constexpr, KEY_DIM: tl.constexpr, KEY_PAD: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr, ROWS: tl.constexpr,
     KEYS: tl.constexpr, SELECT: tl.constexpr, CHOSEN: tl.constexpr, PRECISION: tl.constexpr,
@@ -112,10 +124,11 @@ def gathered_forward_kernel(
     partial `[heads, rows, n, G, Dv]` = normalised output, stats fp32 `[heads, rows, n, G]` = log2 of the sum of exp2;
     -inf where the row sees none of the keys."""
     kv_head = first_head + tl.program_id(1)
-    item = (range_number * num_kv_heads + kv_head) * tl.num_programs(0) + tl.program_id(0)
-    block, size = tl.load(blocks + item), tl.load(sizes + item)
-    if size <= 0:
+    owner = range_number * num_kv_heads + kv_head
+    if tl.program_id(0) >= tl.load(counts + owner):
         return
+    item = owner * tl.num_programs(0) + tl.program_id(0)
+    block, size = tl.load(blocks + item), tl.load(sizes + item)
     key, _key_row, exists, offset, k_tile, v_tile = load_block(
         block, kv_head, k, v, k_row, k_head, v_row, v_head, block_sequence, block_ends, query_ends, key_ends,
         KEY_DIM, KEY_PAD, VALUE_DIM, VALUE_PAD, KEYS, SELECT,
@@ -252,8 +265,8 @@ def add_range(acc, total, target, total_place, target_place, mask, first_range, 
 
 @triton.jit(do_not_specialize=["range_number", "first_head", "first_query", "num_rows", "first_range", "last_range"])
 def gathered_backward_kernel(
-    d_out, q, k, v, lse, delta, gate, dk, dv, total_dk, total_dv, segment_dk, segment_dv, partial, queries, slots, blocks, firsts, sizes, segments,
-    block_sequence, block_ends, query_ends, key_ends,
+    d_out, q, k, v, lse, delta, gate, dk, dv, total_dk, total_dv, segment_dk, segment_dv, partial, queries, slots, counts, blocks, firsts, sizes,
+    segments, block_sequence, block_ends, query_ends, key_ends,
     d_out_row, d_out_head, q_row, q_head, k_row, k_head, v_row, v_head, delta_row, delta_head, gate_row, gate_head,
     num_kv_heads, num_keys, num_segments, range_number, first_head, first_query, num_rows, first_range, last_range, scale, scale_log2,
     GROUP: tl.constexpr, KEY_DIM: tl.constexpr, KEY_PAD: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr, ROWS: tl.constexpr,
@@ -263,10 +276,11 @@ def gathered_backward_kernel(
 
     partial `[heads, rows, n, G, Dk]` = dS K. Where the list has more parts, segment_dk, segment_dv take fp32 sums."""
     kv_head = first_head + tl.program_id(1)
-    item = (range_number * num_kv_heads + kv_head) * tl.num_programs(0) + tl.program_id(0)
-    block, size = tl.load(blocks + item), tl.load(sizes + item)
-    if block < 0:
+    owner = range_number * num_kv_heads + kv_head
+    if tl.program_id(0) >= tl.load(counts + owner):
         return
+    item = owner * tl.num_programs(0) + tl.program_id(0)
+    block, size = tl.load(blocks + item), tl.load(sizes + item)
     key, key_row, exists, offset, k_tile, v_tile = load_block(
         block, kv_head, k, v, k_row, k_head, v_row, v_head, block_sequence, block_ends, query_ends, key_ends,
         KEY_DIM, KEY_PAD, VALUE_DIM, VALUE_PAD, KEYS, SELECT,
@@ -427,7 +441,7 @@ def gathered_forward(
     group, size, n = num_heads // num_kv_heads, config.select_block_size, config.num_selected_blocks
     shapes = gather_shapes(padded(key_dim) + padded(value_dim), group, q.dtype)
     init, local = (config.num_init_blocks, config.num_local_blocks) if shapes.shared_blocks else (0, 0)
-    row_bytes = n * group * (value_dim * q.element_size() + 4)
+    row_bytes = n * group * value_dim * q.element_size()
     cuts, device_cuts = query_cuts(plan, max(64, shapes.forward_scratch // row_bytes))
     most = max(end - start for start, end in pairwise(cuts))
     heads = min(num_kv_heads, max(1, shapes.forward_scratch // (most * row_bytes)))
@@ -438,17 +452,19 @@ def gathered_forward(
     dims, precision = widths(key_dim, value_dim), dot_precision()
     shared = {"GROUP": group, **dims, "KEYS": padded(size), "SELECT": size, "CHOSEN": n, "PRECISION": precision}
     (rows, num_warps, num_stages), (merge_rows, merge_warps, merge_stages) = shapes.forward, shapes.merge
-    works = list(cut_lists(index, device_cuts, plan, size, part, most * n, init=init, local=local, keep_empty=False))
+    works = list(cut_lists(index, device_cuts, plan, size, part, most * n, init=init, local=local, backward=False))
     for work, number, _, first_head, taken, first, count in launches(cuts, works, num_kv_heads, heads):
-        gathered_forward_kernel[(work.blocks.shape[2], taken)](
-            q, k, v, partial, stats, index.queries, index.slots, work.blocks, work.firsts, work.sizes, index.block_sequence, index.block_ends,
-            plan.query_ends, plan.key_ends, *strides, num_kv_heads, number, first_head, first, count, scale * LOG2_E,
+        launch(
+            gathered_forward_kernel, (work.blocks.shape[2], taken),
+            q, k, v, partial, stats, index.queries, index.slots, work.counts, work.blocks, work.firsts, work.sizes, index.block_sequence,
+            index.block_ends, plan.query_ends, plan.key_ends, *strides, num_kv_heads, number, first_head, first, count, scale * LOG2_E,
             **shared, ROWS=rows, num_warps=num_warps, num_stages=num_stages,
         )  # fmt: skip
-        merge_kernel[(triton.cdiv(count, merge_rows // group), taken)](
+        launch(
+            merge_kernel, (ceil_div(count, merge_rows // group), taken),
             q, k, v, partial, stats, selection, gate, out, out if branch_out is None else branch_out, lse, index.row_sequence,
             plan.query_ends, plan.key_ends, *strides, *gate.stride(), *out.stride()[:2], num_kv_heads, first_head, first, count, scale * LOG2_E,
-            **shared, ROWS=merge_rows, CHOSEN_PAD=triton.next_power_of_2(n), INIT=init, LOCAL=local, STAGES=merge_stages, ACCUMULATE=accumulate,
+            **shared, ROWS=merge_rows, CHOSEN_PAD=power_of_two(n), INIT=init, LOCAL=local, STAGES=merge_stages, ACCUMULATE=accumulate,
             KEEP=branch_out is not None, num_warps=merge_warps, num_stages=1,
         )  # fmt: skip
 
@@ -473,7 +489,9 @@ def gathered_backward(
     """`selected_backward` block by block."""
     num_heads, key_dim, num_kv_heads, value_dim = q.shape[1], q.shape[2], k.shape[1], v.shape[2]
     group, size, n = num_heads // num_kv_heads, config.select_block_size, config.num_selected_blocks
-    shapes = gather_shapes(padded(key_dim) + padded(value_dim), group, q.dtype)
+    shapes, hopper = gather_shapes(padded(key_dim) + padded(value_dim), group, q.dtype), takes_hopper(d_out, q, k, v, size)
+    if hopper:
+        shapes = replace(shapes, backward_part=4096, backward_scratch=2**29)
     row_bytes = n * group * key_dim * q.element_size()
     cuts, device_cuts = query_cuts(plan, max(64, shapes.backward_scratch // row_bytes))
     most, last = max(end - start for start, end in pairwise(cuts)), len(cuts) - 2
@@ -489,20 +507,34 @@ def gathered_backward(
     strides = (*d_out.stride()[:2], *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *delta_b.stride(), *gate.stride())
     dims, keys, before = widths(key_dim, value_dim), min(padded(size), 32), dq if dq_before is None else dq_before
     (rows, num_warps, num_stages), (dq_rows, dq_warps, dq_stages) = shapes.backward, shapes.add_dq
-    works = list(cut_lists(index, device_cuts, plan, size, part, most * n, init=0, local=-1, keep_empty=True))
+    stats = None
+    if hopper:
+        from nsa.kernels import gathered_hopper
+
+        stats = gathered_hopper.row_stats(lse, delta_b, gate, scale)
+    works = list(cut_lists(index, device_cuts, plan, size, part, most * n, init=0, local=-1, backward=True))
     for work, number, place, first_head, taken, first, count in launches(cuts, works, num_kv_heads, heads):
         sums, ends = (num_kv_heads, k.shape[0], num_segments, number, first_head), (int(place == 0), int(place == last))
-        gathered_backward_kernel[(work.blocks.shape[2], taken)](
-            d_out, q, k, v, lse, delta_b, gate, dk, dv, *totals, *segment_sums, partial, index.queries, index.slots,
-            work.blocks, work.firsts, work.sizes, work.segments, index.block_sequence, index.block_ends, plan.query_ends, plan.key_ends,
-            *strides, *sums, first, count, *ends, scale, scale * LOG2_E, GROUP=group, **dims, ROWS=rows, KEYS=padded(size), SELECT=size,
-            CHOSEN=n, PRECISION=dot_precision(), num_warps=num_warps, num_stages=num_stages,
+        tables = (
+            dk, dv, *totals, *segment_sums, partial, index.queries, index.slots, work.counts, work.blocks, work.firsts, work.sizes, work.segments,
+            index.block_sequence, index.block_ends, plan.query_ends, plan.key_ends,
         )  # fmt: skip
-        add_segments_kernel[(index.num_blocks * -(-size // keys), taken, 2)](
+        grid = (work.blocks.shape[2], taken)
+        if stats is not None:
+            gathered_hopper.hopper_backward(grid, d_out, q, k, v, stats, tables, (*sums, first, count, *ends), scale=scale, chosen=n)
+        else:
+            launch(
+                gathered_backward_kernel, grid, d_out, q, k, v, lse, delta_b, gate, *tables, *strides, *sums, first, count, *ends, scale,
+                scale * LOG2_E, GROUP=group, **dims, ROWS=rows, KEYS=padded(size), SELECT=size, CHOSEN=n, PRECISION=dot_precision(),
+                num_warps=num_warps, num_stages=num_stages,
+            )  # fmt: skip
+        launch(
+            add_segments_kernel, (index.num_blocks * -(-size // keys), taken, 2),
             *segment_sums, *totals, dk, dv, work.segment_firsts, work.segment_counts, index.block_sequence, index.block_ends, plan.key_ends,
             *sums, *ends, **dims, KEYS=keys, SELECT=size, num_warps=4,
         )  # fmt: skip
-        add_dq_kernel[(triton.cdiv(count, dq_rows // group), taken)](
+        launch(
+            add_dq_kernel, (ceil_div(count, dq_rows // group), taken),
             partial, selection, dq, before, *dq.stride()[:2], *before.stride()[:2], num_kv_heads, first_head, first, count, scale, GROUP=group,
             KEY_DIM=key_dim, KEY_PAD=padded(key_dim), ROWS=dq_rows, CHOSEN=n, STAGES=dq_stages, BEFORE=dq_before is not None, num_warps=dq_warps,
         )  # fmt: skip

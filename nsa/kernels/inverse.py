@@ -2,7 +2,7 @@
 
 Memory is linear in the number of choices, nothing is read back by the host, and a stable sort makes the order the
 same every time. `cut_lists` cuts the lists into pieces of work for block-major kernels (gathered.py), which walk them a
-range of queries at a time.
+range of queries at a time. Few launches: at short lengths the host is what takes the time.
 """
 
 from __future__ import annotations
@@ -17,10 +17,13 @@ import triton
 import triton.language as tl
 
 from nsa.config import SparsityConfig
+from nsa.kernels.launch import ceil_div, launch, power_of_two
 from nsa.kernels.tiles import KernelPlan
 
 MAX_BOUNDS = 2**22
-"""Entries of a table of list bounds; more ranges than it holds are cut in several goes."""
+"""Lists that are cut in one go (KV heads × blocks × ranges); more ranges take several."""
+ENTRIES = 1024
+"""Choices (or lists) that one program of the small kernels here takes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +50,56 @@ class InverseIndex:
         return self.block_sequence.shape[0]
 
 
+@lru_cache(maxsize=64)
+def plan_tables(plan: KernelPlan, size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """row_sequence, block_sequence and block_ends of an index; the same for all layers of a batch."""
+    lengths, device = plan.key_ends.diff(), plan.device
+    block_ends = torch.zeros(plan.num_sequences + 1, dtype=torch.int32, device=device)
+    block_ends[1:] = ((lengths + (size - 1)) // size).cumsum(0)
+    blocks = torch.arange(plan.key_tiles(size).shape[0], dtype=torch.int32, device=device)
+    rows = torch.arange(plan.num_queries, dtype=torch.int32, device=device)
+    block_sequence = torch.searchsorted(block_ends[1:], blocks, right=True, out_int32=True)
+    return torch.searchsorted(plan.query_ends[1:], rows, right=True, out_int32=True), block_sequence, block_ends
+
+
+@triton.jit
+def list_numbers_kernel(
+    selection, lists, row_sequence, block_ends, num_entries, num_kv_heads, num_blocks, CHOSEN: tl.constexpr, ENTRIES: tl.constexpr
+):
+    """The list each choice belongs to; those that are none go to a list after the last."""
+    entry = tl.program_id(0).to(tl.int64) * ENTRIES + tl.arange(0, ENTRIES)
+    there = entry < num_entries
+    block = tl.load(selection + entry, mask=there, other=-1).to(tl.int32)
+    first = tl.load(block_ends + tl.load(row_sequence + entry // (num_kv_heads * CHOSEN), mask=there, other=0))
+    number = (entry // CHOSEN % num_kv_heads).to(tl.int32) * num_blocks + first + block
+    tl.store(lists + entry, tl.where(block < 0, num_kv_heads * num_blocks, number), mask=there)
+
+
+@triton.jit
+def index_kernel(
+    lists, order, queries, slots, ends, num_entries, num_lists, num_kv_heads, CHOSEN: tl.constexpr, STEPS: tl.constexpr, ENTRIES: tl.constexpr
+):
+    """queries and slots from the order of the sorted choices (first programs); where each list begins, by binary search (last)."""
+    program = tl.program_id(0)
+    last = tl.cdiv(num_entries, ENTRIES)
+    if program < last:
+        entry = program.to(tl.int64) * ENTRIES + tl.arange(0, ENTRIES)
+        there = entry < num_entries
+        choice = tl.load(order + entry, mask=there, other=0)
+        tl.store(queries + entry, (choice // (num_kv_heads * CHOSEN)).to(tl.int32), mask=there)
+        tl.store(slots + entry, (choice % CHOSEN).to(tl.int16), mask=there)
+    else:
+        number = (program - last) * ENTRIES + tl.arange(0, ENTRIES)
+        low = tl.zeros([ENTRIES], tl.int64)
+        high = low + num_entries
+        for _ in range(STEPS):
+            middle = (low + high) // 2
+            searching = low < high
+            below = tl.load(lists + middle, mask=searching, other=0).to(tl.int32) < number
+            low, high = tl.where(searching & below, middle + 1, low), tl.where(searching & ~below, middle, high)
+        tl.store(ends + number, low, mask=number <= num_lists)
+
+
 def invert_selection(selection: torch.Tensor, plan: KernelPlan, config: SparsityConfig) -> InverseIndex:
     """Group the choices by KV head and block.
 
@@ -54,34 +107,40 @@ def invert_selection(selection: torch.Tensor, plan: KernelPlan, config: Sparsity
         selection: integers `[T, Hkv, n]`, block numbers from the sequence's start; negative means none.
         plan: rows of the sequences.
     """
-    num_queries, num_kv_heads, n = selection.shape
-    device, size = selection.device, config.select_block_size
-    num_blocks = plan.key_tiles(size).shape[0]
-    lengths = plan.key_ends.diff()
-    block_ends = torch.zeros(plan.num_sequences + 1, dtype=torch.int32, device=device)
-    block_ends[1:] = ((lengths + (size - 1)) // size).cumsum(0)
-    block_sequence = torch.searchsorted(block_ends[1:], torch.arange(num_blocks, dtype=torch.int32, device=device), right=True, out_int32=True)
-    rows = torch.arange(num_queries, dtype=torch.int32, device=device)
-    row_sequence = torch.searchsorted(plan.query_ends[1:], rows, right=True, out_int32=True)
+    num_kv_heads, n = selection.shape[1:]
+    selection, device, num_entries = selection.contiguous(), selection.device, selection.numel()
+    row_sequence, block_sequence, block_ends = plan_tables(plan, config.select_block_size)
+    num_blocks = block_sequence.shape[0]
     num_lists = num_kv_heads * num_blocks
-    dtype = torch.int16 if num_lists < 2**15 else torch.int32  # a radix sort of int16 takes half the passes
-    heads = torch.arange(num_kv_heads, dtype=torch.int32, device=device) * num_blocks
-    lists = selection.int() + (block_ends[row_sequence][:, None] + heads)[..., None]
-    lists = torch.where(selection < 0, num_lists, lists).to(dtype).flatten()
+    # A radix sort of int16 takes half the passes.
+    lists = torch.empty(num_entries, dtype=torch.int16 if num_lists < 2**15 else torch.int32, device=device)
+    programs = ceil_div(num_entries, ENTRIES)
+    if programs:
+        launch(
+            list_numbers_kernel, (programs,),
+            selection, lists, row_sequence, block_ends, num_entries, num_kv_heads, num_blocks, CHOSEN=n, ENTRIES=ENTRIES
+        )  # fmt: skip
     lists, order = torch.sort(lists, stable=True)
-    boundaries = torch.arange(num_lists + 1, dtype=torch.int32, device=device).to(dtype)
-    ends = torch.searchsorted(lists, boundaries)
-    return InverseIndex(ends, (order // (num_kv_heads * n)).int(), (order % n).short(), row_sequence, block_sequence, block_ends)
+    queries = torch.empty(num_entries, dtype=torch.int32, device=device)
+    slots = torch.empty(num_entries, dtype=torch.int16, device=device)
+    ends = torch.empty(num_lists + 1, dtype=torch.int64, device=device)
+    launch(
+        index_kernel, (programs + ceil_div(num_lists + 1, ENTRIES),),
+        lists, order, queries, slots, ends, num_entries, num_lists, num_kv_heads, CHOSEN=n, STEPS=num_entries.bit_length(), ENTRIES=ENTRIES
+    )  # fmt: skip
+    return InverseIndex(ends, queries, slots, row_sequence, block_sequence, block_ends)
 
 
 class Work(NamedTuple):
     """What each program of a range and KV head does. Tables are `[ranges, Hkv, programs]` or `[ranges, Hkv, B]`.
 
-    blocks: int32, -1 for no work. firsts: int64, its first entry in the index. sizes: int32, how many.
+    counts: int32 `[ranges, Hkv]`, how many programs have work; the tables hold nothing of use beyond.
+    blocks: int32. firsts: int64, the program's first entry in the index. sizes: int32, how many.
     segments: int32, where its partial sums go, -1 if the block has this program alone.
-    segment_firsts, segment_counts: int32 `[…, B]`, the partial sums of a block (count 0 or 1: none).
+    segment_firsts, segment_counts: int32 `[…, B]`, the partial sums of a block (count 0: none).
     """
 
+    counts: torch.Tensor
     blocks: torch.Tensor
     firsts: torch.Tensor
     sizes: torch.Tensor
@@ -106,67 +165,112 @@ def query_cuts(plan: KernelPlan, chunk: int) -> tuple[list[int], torch.Tensor]:
 
 
 @triton.jit
-def bounds_kernel(
-    queries, ends, cuts, bounds, block_sequence, block_ends, query_ends, key_ends, num_blocks, num_lists,
-    SELECT: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr, LISTS: tl.constexpr,
-):  # fmt: skip
-    """bounds[c, list] = the list's first entry whose query row is >= cuts[c], by binary search; with LOCAL >= 0 past the
-    entries that are computed as shared blocks (a prefix of the list: queries up to LOCAL - 1 blocks after it)."""
-    owner = tl.program_id(0) * LISTS + tl.arange(0, LISTS)
-    there = owner < num_lists
-    low = tl.load(ends + owner, mask=there, other=0)
-    high = tl.load(ends + owner + 1, mask=there, other=0)
-    least = tl.load(cuts + tl.program_id(1)) + tl.zeros([LISTS], tl.int32)
-    if LOCAL >= 0:
-        block = owner % num_blocks
-        sequence = tl.load(block_sequence + block, mask=there, other=0)
-        offset = tl.load(key_ends + sequence + 1) - tl.load(key_ends + sequence) - tl.load(query_ends + sequence + 1)
-        number = block - tl.load(block_ends + sequence)
-        least = tl.maximum(least, tl.where(number < INIT, 2147483647, (number + LOCAL) * SELECT - offset))
-    while tl.max(high - low, axis=0) > 0:
+def first_from(queries, low, high, least, STEPS: tl.constexpr):
+    """The first entry in [low, high) whose query row is >= least, else high; by binary search."""
+    for _ in range(STEPS):
         middle = (low + high) // 2
         searching = low < high
         below = tl.load(queries + middle, mask=searching, other=0) < least
         low, high = tl.where(searching & below, middle + 1, low), tl.where(searching & ~below, middle, high)
-    tl.store(bounds + tl.program_id(1).to(tl.int64) * num_lists + owner, low, mask=there)
+    return low
+
+
+@triton.jit
+def bounds_of(
+    queries, ends, block, there, head, first_query, end_query, block_sequence, block_ends, query_ends, key_ends, num_blocks,
+    SELECT: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    """Entries of the lists of some blocks that belong to the range's queries; with LOCAL >= 0 past those that are computed
+    as shared blocks (a prefix of the list: queries up to LOCAL - 1 blocks after it)."""
+    low = tl.load(ends + head * num_blocks + block, mask=there, other=0)
+    high = tl.load(ends + head * num_blocks + block + 1, mask=there, other=0)
+    least = first_query + tl.zeros_like(block)
+    if LOCAL >= 0:
+        sequence = tl.load(block_sequence + block, mask=there, other=0)
+        offset = tl.load(key_ends + sequence + 1) - tl.load(key_ends + sequence) - tl.load(query_ends + sequence + 1)
+        number = block - tl.load(block_ends + sequence)
+        least = tl.maximum(least, tl.where(number < INIT, 2147483647, (number + LOCAL) * SELECT - offset))
+    low = first_from(queries, low, high, least, STEPS)
+    return low, (first_from(queries, low, high, end_query, STEPS) - low).to(tl.int32)
+
+
+@triton.jit
+def cut_kernel(
+    queries, ends, cuts, counts, blocks, firsts, sizes, segments, segment_firsts, segment_counts, block_sequence, block_ends, query_ends, key_ends,
+    num_blocks, num_programs, part,
+    SELECT: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr, KEEP_EMPTY: tl.constexpr, SEGMENTS: tl.constexpr, STEPS: tl.constexpr,
+    LISTS: tl.constexpr,
+):  # fmt: skip
+    """The work of one range (x) and KV head (y): whole parts first, then what is left of each list."""
+    head = tl.program_id(1)
+    owner = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + head
+    first_query, end_query = tl.load(cuts + tl.program_id(0)), tl.load(cuts + tl.program_id(0) + 1)
+    items = owner * num_programs
+    written = 0
+    for rest in tl.static_range(2):
+        sums = 0
+        for base in range(0, num_blocks, LISTS):
+            block = base + tl.arange(0, LISTS)
+            there = block < num_blocks
+            low, size = bounds_of(
+                queries, ends, block, there, head, first_query, end_query, block_sequence, block_ends, query_ends, key_ends, num_blocks,
+                SELECT, INIT, LOCAL, STEPS,
+            )  # fmt: skip
+            whole = size // part
+            left = size - whole * part
+            number = whole + (left > 0).to(tl.int32)
+            if KEEP_EMPTY:
+                number = tl.maximum(number, 1)
+            number = tl.where(there, number, 0)
+            partial = tl.where(number > 1, number, 0)
+            sum_first = sums + tl.cumsum(partial, axis=0) - partial
+            sums += tl.sum(partial, axis=0)
+            mine = number - whole if rest else tl.where(there, whole, 0)
+            item = items + written + tl.cumsum(mine, axis=0) - mine
+            written += tl.sum(mine, axis=0)
+            for turn in range(0, tl.max(mine, axis=0)):
+                store = turn < mine
+                which = whole if rest else turn + tl.zeros_like(whole)
+                tl.store(blocks + item + turn, block, mask=store)
+                tl.store(firsts + item + turn, low + which * part, mask=store)
+                tl.store(sizes + item + turn, tl.minimum(size - which * part, part), mask=store)
+                if SEGMENTS:
+                    tl.store(segments + item + turn, tl.where(number > 1, sum_first + which, -1), mask=store)
+            if SEGMENTS and rest:
+                tl.store(segment_firsts + owner * num_blocks + block, sum_first, mask=there)
+                tl.store(segment_counts + owner * num_blocks + block, partial, mask=there)
+    tl.store(counts + owner, written)
 
 
 def cut_lists(
-    index: InverseIndex, cuts: torch.Tensor, plan: KernelPlan, size: int, part: int, most: int, *, init: int, local: int, keep_empty: bool
+    index: InverseIndex, cuts: torch.Tensor, plan: KernelPlan, size: int, part: int, most: int, *, init: int, local: int, backward: bool
 ) -> Iterator[tuple[int, Work]]:
-    """Cut every list at the ranges' borders, and what is left into parts; longest first.
+    """Cut every list at the ranges' borders, and what is left into parts; whole parts first.
 
     Args:
         cuts: int32 `[ranges + 1]`, from `query_cuts`. size: keys of a block. part: entries of a program at most.
         most: entries of one KV head and range at most.
         init, local: leave out the choices of the first `init` blocks, and those by queries fewer than `local` blocks
             later; local < 0 leaves out nothing.
-        keep_empty: a block nobody chose gets a program too.
+        backward: a block nobody chose gets a program too, and there are tables of segments.
     Yields:
         (number of the first range, its and the next ranges' work), in order.
     """
     num_blocks, num_lists = index.num_blocks, index.ends.shape[0] - 1
     num_kv_heads, num_ranges, together = num_lists // num_blocks, cuts.shape[0] - 1, max(1, MAX_BOUNDS // num_lists)
-    numbers = torch.arange(num_blocks + most // part, device=cuts.device)
+    programs = num_blocks + most // part
     for base in range(0, num_ranges, together):
         count = min(together, num_ranges - base)
-        bounds = torch.empty(count + 1, num_kv_heads, num_blocks, dtype=torch.int64, device=cuts.device)
-        bounds_kernel[(triton.cdiv(num_lists, 256), count + 1)](
-            index.queries, index.ends, cuts[base:], bounds, index.block_sequence, index.block_ends, plan.query_ends, plan.key_ends,
-            num_blocks, num_lists, SELECT=size, INIT=init, LOCAL=local, LISTS=256,
+        widths = [count * num_kv_heads * width for width in (1, programs, programs, *((programs, num_blocks, num_blocks) if backward else ()))]
+        counts, *tables = torch.empty(sum(widths), dtype=torch.int32, device=cuts.device).split(widths)
+        counts, *tables = (x.view(count, num_kv_heads, -1) for x in (counts, *tables))
+        firsts = torch.empty(count, num_kv_heads, programs, dtype=torch.int64, device=cuts.device)
+        blocks, sizes, segments, segment_firsts, segment_counts = tables if backward else (*tables, *tables[:1] * 3)
+        work = Work(counts, blocks, firsts, sizes, segments, segment_firsts, segment_counts)
+        launch(
+            cut_kernel, (count, num_kv_heads),
+            index.queries, index.ends, cuts[base:], *work, index.block_sequence, index.block_ends, plan.query_ends, plan.key_ends,
+            num_blocks, programs, part, SELECT=size, INIT=init, LOCAL=local, KEEP_EMPTY=backward, SEGMENTS=backward,
+            STEPS=plan.num_queries.bit_length(), LISTS=min(1024, power_of_two(num_blocks)),
         )  # fmt: skip
-        parts = (bounds.diff(dim=0) + (part - 1)) // part
-        parts = parts.clamp(min=1) if keep_empty else parts
-        part_ends = parts.cumsum(-1)
-        segments = torch.where(parts > 1, parts, 0)
-        segment_firsts = segments.cumsum(-1) - segments
-        owners = torch.searchsorted(part_ends, numbers.expand(count, num_kv_heads, -1).contiguous(), right=True)
-        there, owners = owners < num_blocks, owners.clamp(max=num_blocks - 1)
-        number = numbers - (part_ends - parts).gather(-1, owners)
-        firsts = bounds[:-1].gather(-1, owners) + number * part
-        sizes = torch.where(there, (bounds[1:].gather(-1, owners) - firsts).clamp(max=part), -1)
-        places = torch.where(segments.gather(-1, owners) > 0, segment_firsts.gather(-1, owners) + number, -1)
-        sizes, order = sizes.sort(dim=-1, descending=True, stable=True)
-        tables = (torch.where(there, owners, -1).int(), firsts, places.int())
-        blocks, firsts, places = (x.gather(-1, order) for x in tables)
-        yield base, Work(blocks, firsts, sizes.int(), places, segment_firsts.int(), segments.int())
+        yield base, work

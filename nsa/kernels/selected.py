@@ -38,10 +38,13 @@ class SelectedTile:
     num_stages: int
 
 
-def query_tile(dims: int, group: int, block: int, dtype: torch.dtype) -> SelectedTile:
+def query_tile(dims: int, group: int, block: int, dtype: torch.dtype, *, backward: bool) -> SelectedTile:
     """Fixed shapes of forward and dq; `dims` = padded Dk + Dv."""
     wide = dims > 256 or dtype == torch.float32
-    return SelectedTile(keys=min(padded(block), 32 if wide and dims > 256 else 64), rows=padded(group), num_warps=4, num_stages=2 if wide else 3)
+    keys, rows = min(padded(block), 32 if wide and dims > 256 else 64), padded(group)
+    if backward or wide or rows > 16:
+        return SelectedTile(keys=keys, rows=rows, num_warps=4, num_stages=2 if wide else 3)
+    return SelectedTile(keys=keys, rows=rows, num_warps=2, num_stages=2)
 
 
 def key_tile(dims: int, group: int, block: int, dtype: torch.dtype) -> SelectedTile:
@@ -302,7 +305,7 @@ def selected_forward(
             q, k, v, selection, index, plan, config, scale=scale, gate=gate, out=out, branch_out=branch_out, lse=lse, accumulate=accumulate
         )  # fmt: skip
         return branch_out, lse
-    shape = query_tile(dims, group, size, q.dtype)
+    shape = query_tile(dims, group, size, q.dtype, backward=False)
     tiles = plan.query_tiles(QUERY_TILE)
     selected_forward_kernel[(tiles.shape[0] * QUERY_TILE, num_kv_heads)](
         q, k, v, selection, gate, out, out if branch_out is None else branch_out, lse, tiles, plan.query_ends, plan.key_ends,
@@ -336,7 +339,8 @@ def selected_backward(
 
     Args:
         d_out: gradient of the summed output, `[T, Hq, Dv]` in q's dtype (the branch's own is gate · d_out).
-        lse: as `selected_forward` returned it. delta_b: fp32 `[T, Hq]`, gate · <d_out, branch output>. gate: `[T, Hq]`.
+        lse: as `selected_forward` returned it. delta_b: fp32 `[T, Hq]`, gate · <d_out, branch output>.
+        gate: `[T, Hq]`; one that is not positive may count as 0, which gives gradients of 0.
         dq: `[T, Hq, Dk]`, written: dq_before (fp32 `[T, Hq, Dk]`, may be the same tensor; None: 0) + this branch's gradient.
         inverse, deterministic: as in `selected_forward`.
     Returns:
@@ -356,7 +360,7 @@ def selected_backward(
         "PRECISION": dot_precision(),
     }  # fmt: skip
     inputs = (*d_out.stride()[:2], *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *delta_b.stride(), *gate.stride())
-    shape = query_tile(dims, group, size, q.dtype)
+    shape = query_tile(dims, group, size, q.dtype, backward=True)
     tiles, before = plan.query_tiles(QUERY_TILE), dq if dq_before is None else dq_before
     selected_dq_kernel[(tiles.shape[0] * QUERY_TILE, num_kv_heads)](
         d_out, q, k, v, selection, lse, delta_b, gate, dq, before, tiles, plan.query_ends, plan.key_ends, *inputs, *dq.stride()[:2],

@@ -56,6 +56,7 @@ def draw(num_queries, num_keys, num_kv_heads, group, key_dim, value_dim, dtype):
     sizes = [(num_queries, num_heads, key_dim), (num_keys, num_kv_heads, key_dim), (num_keys, num_kv_heads, value_dim), (num_queries, num_heads)]
     sizes += [(num_queries, num_heads, value_dim), (num_queries, num_heads), (num_queries, num_heads, value_dim), (num_queries, num_heads, key_dim)]
     x = [torch.randn(*size, generator=generator).to(DEVICE) for size in sizes]
+    x[3] = x[3].sigmoid()
     return [y if i in (5, 7) else y.to(dtype) for i, y in enumerate(x)]
 
 
@@ -137,20 +138,32 @@ def test_rows_that_see_nothing(monkeypatch):
     compare(monkeypatch, [40], selection=selection)
 
 
+def alone_and_packed(monkeypatch, lengths, config, *, group, dim, dtype, chunk):
+    """Checks that the second of three sequences gets the same bits as by itself, with `deterministic`."""
+    monkeypatch.setattr(gathered, "query_cuts", cuts_of(chunk))
+    before, own, after = lengths
+    inputs = draw(own, own, 1, group, dim, dim, dtype)
+    selection = random_selection([own], [own], 1, config, forced=False)
+    alone = run(inputs, selection, [own], [own], config, deterministic=True)
+    pack = [torch.cat([x[:before], x, x[:after]]) for x in (*inputs, selection)]
+    together = run(pack[:-1], pack[-1], lengths, lengths, config, deterministic=True)
+    for a, b in zip(together, alone, strict=True):
+        assert torch.equal(a[before : before + own], b)
+
+
 @pytest.mark.parametrize(("group", "dtype"), [(2, torch.float16), (16, torch.float16), (2, torch.float32)])
 def test_deterministic_results_do_not_depend_on_the_batch(monkeypatch, shapes, group, dtype):
     shapes(forward_part=10 * group, backward_part=10 * group)
-    monkeypatch.setattr(gathered, "query_cuts", cuts_of(24))
     monkeypatch.setattr(gathered, "MIN_QUERIES", 60)
     monkeypatch.setattr(selected, "SEGMENT_ROWS", 10 * group)
-    before, own, after = 5, 40, 20
-    inputs = draw(own, own, 1, group, 16, 16, dtype)
-    selection = random_selection([own], [own], 1, SMALL, forced=False)
-    alone = run(inputs, selection, [own], [own], SMALL, deterministic=True)
-    pack = [torch.cat([x[:before], x, x[:after]]) for x in (*inputs, selection)]
-    together = run(pack[:-1], pack[-1], [before, own, after], [before, own, after], SMALL, deterministic=True)
-    for a, b in zip(together, alone, strict=True):
-        assert torch.equal(a[before : before + own], b)
+    alone_and_packed(monkeypatch, [5, 40, 20], SMALL, group=group, dim=16, dtype=dtype, chunk=24)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("group", "dtype"), [(4, torch.bfloat16), (16, torch.bfloat16), (4, torch.float32)])
+def test_deterministic_results_at_paper_settings(monkeypatch, group, dtype):
+    monkeypatch.setattr(gathered, "MIN_QUERIES", 1000)
+    alone_and_packed(monkeypatch, [100, 900, 300], SparsityConfig(compressor="mean"), group=group, dim=128, dtype=dtype, chunk=256)
 
 
 def test_the_rule():
@@ -168,3 +181,18 @@ def test_the_rule():
 def test_paper_settings(monkeypatch, group, key_dim, value_dim, dtype):
     options = {"num_kv_heads": 2, "group": group, "key_dim": key_dim, "value_dim": value_dim, "dtype": dtype}
     compare(monkeypatch, [3000, 63], [1500, 63], SparsityConfig(compressor="mean"), chunk=512, **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("group", [1, 3, 4, 16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_hopper(monkeypatch, group, dtype):
+    if not gathered.runs_hopper_kernels(torch.device(DEVICE, 0)):
+        pytest.skip("no Hopper GPU with Triton 3.6")
+    monkeypatch.setattr(gathered, "MAX_HOPPER_GROUP", 16)
+    config = SparsityConfig(compressor="mean")
+    results = compare(monkeypatch, [1500, 63], [900, 63], config, num_kv_heads=2, group=group, key_dim=128, value_dim=128, dtype=dtype, chunk=512)
+    monkeypatch.setattr(gathered, "MAX_HOPPER_GROUP", 0)
+    plain = compare(monkeypatch, [1500, 63], [900, 63], config, num_kv_heads=2, group=group, key_dim=128, value_dim=128, dtype=dtype, chunk=512)
+    for got, want in zip(results[3:], plain[3:], strict=True):
+        assert not torch.equal(got, want) and relative_rms(got, want) <= 1e-2

@@ -74,9 +74,9 @@ def test_cuts_lie_at_multiples_from_each_sequence_s_own_start():
     assert cuts == [0, 5, 15, 25, 33, 43] == device_cuts.tolist()
 
 
-@pytest.mark.parametrize("keep_empty", [True, False])
+@pytest.mark.parametrize("backward", [True, False])
 @pytest.mark.parametrize("local", [-1, 2])
-def test_work_covers_every_entry_once(monkeypatch, keep_empty, local):
+def test_work_covers_every_entry_once(monkeypatch, backward, local):
     monkeypatch.setattr("nsa.kernels.inverse.MAX_BOUNDS", 40)
     config = SparsityConfig(compress_block_size=8, compress_stride=4, select_block_size=8, num_selected_blocks=5, compressor="mean")
     lengths, queries, heads, part = [63, 1, 100], [40, 1, 90], 2, 7
@@ -84,15 +84,17 @@ def test_work_covers_every_entry_once(monkeypatch, keep_empty, local):
     index = invert_selection(random_selection(lengths, queries, heads, config).to(DEVICE), plan, config)
     cuts, device_cuts = query_cuts(plan, 32)
     seen, ends = [], index.ends.tolist()
-    for base, work in cut_lists(index, device_cuts, plan, 8, part, 32 * 5, init=1, local=local, keep_empty=keep_empty):
+    for base, work in cut_lists(index, device_cuts, plan, 8, part, 32 * 5, init=1, local=local, backward=backward):
         for number, head in ((number, head) for number in range(work.blocks.shape[0]) for head in range(heads)):
-            programs = list(zip(*(x[number, head].tolist() for x in (work.blocks, work.firsts, work.sizes, work.segments)), strict=True))
-            counts = work.segment_counts[number, head].tolist()
-            places = sorted(place for *_, place in programs if place >= 0)
-            assert places == list(range(sum(counts))) and 1 not in counts
-            assert not keep_empty or {block for block, *_ in programs} >= set(range(index.num_blocks))
+            tables = (work.blocks, work.firsts, work.sizes, work.segments)
+            programs = list(zip(*(x[number, head, : work.counts[number, head]].tolist() for x in tables), strict=True))
+            if backward:
+                counts = work.segment_counts[number, head].tolist()
+                places = sorted(place for *_, place in programs if place >= 0)
+                assert places == list(range(sum(counts))) and 1 not in counts
+            assert not backward or {block for block, *_ in programs} >= set(range(index.num_blocks))
             for block, first, size, _ in programs:
-                assert size <= part and (block >= 0 or size == -1)
+                assert (backward or size) and size <= part
                 for entry in range(first, first + max(size, 0)):
                     assert ends[head * index.num_blocks + block] <= entry < ends[head * index.num_blocks + block + 1]
                     assert cuts[base + number] <= index.queries[entry] < cuts[base + number + 1]
