@@ -59,7 +59,11 @@ class _Records(logging.Handler):
         self.kept.append((record.name, record.levelno, record.getMessage()))
 
     def take(self) -> tuple[tuple[str, int, str], ...]:
-        kept, self.kept = tuple(self.kept), []
+        self.acquire()  # calls of one actor may overlap
+        try:
+            kept, self.kept = tuple(self.kept), []
+        finally:
+            self.release()
         return kept
 
 

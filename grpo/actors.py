@@ -76,9 +76,11 @@ class RolloutActor(Host):
         return self._reply(lambda: self._part.load_weights(version, unpack(parcels())))
 
 
-@ray.remote
+@ray.remote(max_concurrency=64)  # type: ignore[call-overload] (ray types the form without arguments only)
 class RewardActor(Host):
-    """The scorer and its killable workers in a process without torch."""
+    """The scorer and its killable workers in a process without torch.
+
+    Many groups at a time: one whose function hangs must not keep the others waiting while workers stand idle."""
 
     def _build(self, config: RunConfig, run_dir: Path) -> Any:
         from grpo.scoring import Scorer

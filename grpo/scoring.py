@@ -10,6 +10,7 @@ functions themselves and the processes (rewards/), advantages (advantages.py).
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -63,6 +64,7 @@ class Scorer:
         self.prefilled = prefilled
         self.weights = {spec.name: spec.weight for spec in section.functions}
         self._left_out = 0
+        self._lock = threading.Lock()
         self._reported: Counter[str] = Counter()
         self._pool = WorkerPool(
             [FunctionSpec(name=spec.name, arguments=spec.arguments) for spec in section.functions],
@@ -147,7 +149,8 @@ class Scorer:
         parts = {name: outcome.value if outcome.fault is None else failure for name, outcome in zip(self.weights, outcomes, strict=True)}
         answer = next((outcome.answer for outcome in outcomes if outcome.answer is not None), None)
         value = combine(parts, self.weights)
-        self._left_out += value is None
+        with self._lock:
+            self._left_out += value is None
         return Score(
             value=value,
             parts=parts,
