@@ -19,7 +19,7 @@ import triton.language as tl
 from nsa.config import SparsityConfig
 from nsa.kernels.gathered import gathered_backward, gathered_forward, gathers
 from nsa.kernels.inverse import InverseIndex, invert_selection
-from nsa.kernels.launch import LOG2_E, dot_precision, padded
+from nsa.kernels.launch import LOG2_E, dot_precision, launch, padded, power_of_two
 from nsa.kernels.tiles import KernelPlan
 
 QUERY_TILE = 64
@@ -307,11 +307,12 @@ def selected_forward(
         return branch_out, lse
     shape = query_tile(dims, group, size, q.dtype, backward=False)
     tiles = plan.query_tiles(QUERY_TILE)
-    selected_forward_kernel[(tiles.shape[0] * QUERY_TILE, num_kv_heads)](
+    launch(
+        selected_forward_kernel, (tiles.shape[0] * QUERY_TILE, num_kv_heads),
         q, k, v, selection, gate, out, out if branch_out is None else branch_out, lse, tiles, plan.query_ends, plan.key_ends,
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *gate.stride(), *out.stride()[:2], scale * LOG2_E,
         GROUP=group, KEY_DIM=key_dim, KEY_PAD=padded(key_dim), VALUE_DIM=value_dim, VALUE_PAD=padded(value_dim), ROWS=shape.rows, KEYS=shape.keys,
-        SELECT=size, CHOSEN=n, CHOSEN_PAD=triton.next_power_of_2(n), QUERIES=QUERY_TILE, ACCUMULATE=accumulate, KEEP=keep,
+        SELECT=size, CHOSEN=n, CHOSEN_PAD=power_of_two(n), QUERIES=QUERY_TILE, ACCUMULATE=accumulate, KEEP=keep,
         PRECISION=dot_precision(), num_warps=shape.num_warps, num_stages=shape.num_stages,
     )  # fmt: skip
     return branch_out, lse
@@ -362,9 +363,10 @@ def selected_backward(
     inputs = (*d_out.stride()[:2], *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *delta_b.stride(), *gate.stride())
     shape = query_tile(dims, group, size, q.dtype, backward=True)
     tiles, before = plan.query_tiles(QUERY_TILE), dq if dq_before is None else dq_before
-    selected_dq_kernel[(tiles.shape[0] * QUERY_TILE, num_kv_heads)](
+    launch(
+        selected_dq_kernel, (tiles.shape[0] * QUERY_TILE, num_kv_heads),
         d_out, q, k, v, selection, lse, delta_b, gate, dq, before, tiles, plan.query_ends, plan.key_ends, *inputs, *dq.stride()[:2],
-        *before.stride()[:2], scale, scale * LOG2_E, **shared, ROWS=shape.rows, KEYS=shape.keys, CHOSEN=n, CHOSEN_PAD=triton.next_power_of_2(n),
+        *before.stride()[:2], scale, scale * LOG2_E, **shared, ROWS=shape.rows, KEYS=shape.keys, CHOSEN=n, CHOSEN_PAD=power_of_two(n),
         QUERIES=QUERY_TILE, BEFORE=dq_before is not None, num_warps=shape.num_warps, num_stages=shape.num_stages,
     )  # fmt: skip
     shape = key_tile(dims, group, size, q.dtype)
@@ -382,14 +384,16 @@ def selected_backward(
     partial_dk = torch.empty(num_partials, size, key_dim, dtype=torch.float32, device=q.device)
     partial_dv = torch.empty(num_partials, size, value_dim, dtype=torch.float32, device=q.device)
     steps = -(-size // shape.keys)
-    selected_dkdv_kernel[(programs, steps)](
+    launch(
+        selected_dkdv_kernel, (programs, steps),
         d_out, q, k, v, lse, delta_b, gate, dk, dv, partial_dk, partial_dv, index.queries, index.ends, owners, segment_ends, partial_ends,
         index.block_sequence, index.block_ends, plan.query_ends, plan.key_ends, *inputs, num_heads, index.num_blocks, scale, scale * LOG2_E,
         **shared, ROWS=shape.rows, KEYS=shape.keys, SEGMENT=segment, num_warps=shape.num_warps, num_stages=shape.num_stages,
     )  # fmt: skip
     if entries > segment:
         for partial, target, dim in ((partial_dk, dk, key_dim), (partial_dv, dv, value_dim)):
-            add_partials_kernel[(num_lists, steps)](
+            launch(
+                add_partials_kernel, (num_lists, steps),
                 partial, target, segment_ends, partial_ends, index.block_sequence, index.block_ends, plan.key_ends, index.num_blocks, num_kv_heads,
                 DIM=dim, DIM_PAD=padded(dim), KEYS=shape.keys, SELECT=size, num_warps=4,
             )  # fmt: skip
