@@ -1,0 +1,428 @@
+"""The four kernels of a decode step; see `nsa.kernels.decode` for the order, the names and what they promise.
+
+`PDL`: launched as programmatic dependents, so that a kernel starts while the one before it ends; what that one wrote is read after
+`gdc_wait`, and only inputs of the whole step before it. Every program waits, even one with nothing to do: a kernel whose programs all
+left early would count as complete before its predecessor.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from nsa.attention import RECOMPUTE as RECOMPUTE_MARK
+
+NOTHING = tl.constexpr(-1.0e6)
+"""Stands for the logit (base 2) of what is not visible."""
+RECOMPUTE = tl.constexpr(RECOMPUTE_MARK)
+STATISTICS = tl.constexpr(32)
+"""Leaves whose maxima, sums and outputs are read at once."""
+
+
+@triton.jit
+def power_of_two(exponent):
+    """2**exponent of whole fp32 numbers <= 0, exactly; 0 below -126."""
+    return ((tl.maximum(exponent, -127.0).to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def tree_sum(x):
+    """Sum over the first dimension, neighbours first: padding with zeros or summing aligned parts beforehand changes no bit."""
+    for _ in tl.static_range(10):
+        if x.shape[0] > 1:
+            x = tl.sum(tl.reshape(x, (x.shape[0] // 2, 2, x.shape[1])), 1)
+    return tl.reshape(x, (x.shape[1],))
+
+
+@triton.jit
+def attend_leaf(q, k, v, visible, scale, PRECISION: tl.constexpr):
+    """Weights 2**(logit - top) `[R, S]` of one leaf, their sum and whole-numbered top `[R]`, and weights·v `[R, Dv]`."""
+    logits = tl.where(visible, tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale, NOTHING)
+    top = tl.maximum(tl.ceil(tl.max(logits, 1)), NOTHING)
+    whole = tl.floor(logits)
+    weights = tl.where(visible, tl.exp2(logits - whole) * power_of_two(whole - top[:, None]), 0.0)
+    return weights, tl.sum(weights, 1), top, tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
+
+
+@triton.jit
+def merge(out, top, other_out, other_top):
+    """The sum of two partial outputs `[R, Dv]`, each relative to 2**top `[R]`."""
+    both = tl.maximum(top, other_top)
+    return out * power_of_two(top - both)[:, None] + other_out * power_of_two(other_top - both)[:, None], both
+
+
+@triton.jit
+def merge_leaf(step, leaf_out, leaf_top, out, top, pair_out, pair_top, LEAVES: tl.constexpr):
+    """A program's output and that of its unfinished pair once leaf `step` of LEAVES (1, 2 or 4) is added: a binary tree."""
+    if LEAVES == 1:
+        out, top = leaf_out, leaf_top
+    else:
+        pair_out, pair_top = merge(pair_out, pair_top, leaf_out, leaf_top)
+        if step % 2 == 1:
+            out, top = merge(out, top, pair_out, pair_top)
+            pair_out, pair_top = tl.zeros_like(out), tl.full(top.shape, NOTHING, tl.float32)
+    return out, top, pair_out, pair_top
+
+
+@triton.jit
+def compression_program(
+    q, cmp, table, length, leaf_top, leaf_sum, leaf_edge, part_top, part_out, scores, scale, q_row, q_head, cmp_page, cmp_slot, batch, head, part,
+    first_row, num_leaves, num_parts, num_blocks,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, NUM_NEW: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, DK2: tl.constexpr, DV2: tl.constexpr,
+    STRIDE: tl.constexpr, FIRST: tl.constexpr, PER_BLOCK: tl.constexpr, PER_BLOCK2: tl.constexpr, PER_PAGE: tl.constexpr,
+    LEAF: tl.constexpr, ROWS: tl.constexpr, LEAVES: tl.constexpr, SCORES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Rows of one KV head over LEAVES leaves of compressed tokens; `first_kernel` says what it writes."""
+    GROUPS: tl.constexpr = LEAF // PER_BLOCK2
+    column = tl.arange(0, LEAF)
+    offset = column % PER_BLOCK2
+    group = column // PER_BLOCK2
+    num_slots = length // STRIDE
+    # A lone leaf's pages are looked up beside the length, not after it.
+    if LEAVES == 1:
+        lone = (part * GROUPS + group) * PER_BLOCK + offset
+        lone_pages = tl.load(table + lone // PER_PAGE, mask=lone < num_blocks * PER_BLOCK, other=0)
+    if part * (LEAVES * GROUPS * PER_BLOCK) < num_slots:
+        rows = first_row + tl.arange(0, ROWS)
+        real = rows < NUM_NEW * GROUP
+        positions = tl.maximum(length - NUM_NEW + rows // GROUP, 0)
+        dk, dv = tl.arange(0, DK2), tl.arange(0, DV2)
+        q_rows = (q + (rows // GROUP) * q_row + (head * GROUP + rows % GROUP) * q_head)[:, None] + dk[None, :]
+        if LEAVES > 1:
+            queries = tl.load(q_rows, mask=real[:, None] & (dk < DK)[None, :], other=0.0)
+        row_base = (batch * HEADS + head) * (NUM_NEW * GROUP) + rows
+        in_group = tl.arange(0, PER_BLOCK2)[None, None, :]
+        number = tl.broadcast_to(tl.arange(0, GROUPS)[None, :], (ROWS, GROUPS))
+        out, top = tl.zeros([ROWS, DV2], tl.float32), tl.full([ROWS], NOTHING, tl.float32)
+        pair_out, pair_top = out, top
+        for step in range(LEAVES):
+            leaf = part * LEAVES + step
+            slots = (leaf * GROUPS + group) * PER_BLOCK + offset
+            filled = (offset < PER_BLOCK) & (slots >= FIRST) & (slots < num_slots)
+            pages = tl.where(filled, lone_pages, 0) if LEAVES == 1 else tl.load(table + slots // PER_PAGE, mask=filled, other=0)
+            token = cmp + pages.to(tl.int64) * cmp_page + (slots % PER_PAGE) * cmp_slot
+            k = tl.load(token[:, None] + dk[None, :], mask=filled[:, None] & (dk < DK)[None, :], other=0.0)
+            v = tl.load(token[:, None] + (DK + dv)[None, :], mask=filled[:, None] & (dv < DV)[None, :], other=0.0)
+            if LEAVES == 1:  # K and V are on their way before anything waits for q
+                queries = tl.load(q_rows, mask=real[:, None] & (dk < DK)[None, :], other=0.0)
+            visible = filled[None, :] & ((slots * STRIDE + (STRIDE - 1))[None, :] <= positions[:, None])
+            weights, total, this_top, this_out = attend_leaf(queries, k.to(queries.dtype), v.to(queries.dtype), visible, scale, PRECISION)
+            places = row_base * num_leaves + leaf
+            written = rows < tl.where(leaf < num_leaves, NUM_NEW * GROUP, 0)
+            tl.store(leaf_top + places, this_top, mask=written)
+            tl.store(leaf_sum + places, total, mask=written)
+            if SCORES:
+                grouped = tl.reshape(weights, (ROWS, GROUPS, PER_BLOCK2))
+                score = tl.sum(grouped * tl.minimum(in_group + 1, FIRST + 1).to(tl.float32), 2)
+                if FIRST > 0:
+                    before = tl.sum(grouped * tl.maximum(FIRST - in_group, 0).to(tl.float32), 2)
+                    tl.store(leaf_edge + places, tl.sum(tl.where(number == 0, before, 0.0), 1), mask=written)
+                    if GROUPS > 1:
+                        score += tl.where(number < GROUPS - 1, tl.gather(before, tl.minimum(number + 1, GROUPS - 1), 1), 0.0)
+                tl.store(scores + places[:, None] * GROUPS + number, score, mask=written[:, None])
+            out, top, pair_out, pair_top = merge_leaf(step, this_out, this_top, out, top, pair_out, pair_top, LEAVES)
+        tl.store(part_top + row_base * num_parts + part, top, mask=real)
+        target = (row_base * num_parts + part) * DV
+        tl.store(part_out + target[:, None] + dv[None, :], out, mask=real[:, None] & (dv < DV)[None, :])
+
+
+@triton.jit
+def attend_blocks(
+    q, raw, table, leaf_top, leaf_sum, part_top, part_out, scale, q_head, raw_page, raw_kind, raw_slot, entry, head, part, position, lowest,
+    blocks, num_blocks,
+    GROUP: tl.constexpr, GROUP2: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, DK2: tl.constexpr, DV2: tl.constexpr, SIZE: tl.constexpr,
+    TILE: tl.constexpr, PAGE: tl.constexpr, FIRST_LEAF: tl.constexpr, ALL_LEAVES: tl.constexpr, LEAVES: tl.constexpr, LISTED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One query's heads of one KV head over LEAVES leaves, from the part-th LEAVES on, of listed blocks (−1 = none) or of those from `blocks` on.
+
+    Writes per leaf top and sum `[B, m, Hq, leaves]`, per program top `[B, m, Hq, parts]` and output `[…, parts, Dv]`."""
+    PER_BLOCK: tl.constexpr = (SIZE + TILE - 1) // TILE
+    PARTS: tl.constexpr = ALL_LEAVES // LEAVES
+    member = tl.arange(0, GROUP2)
+    real = member < GROUP
+    dk, dv, token = tl.arange(0, DK2), tl.arange(0, DV2), tl.arange(0, TILE)
+    q_rows = (q + (head * GROUP + member) * q_head)[:, None] + dk[None, :]
+    if LEAVES > 1:
+        queries = tl.load(q_rows, mask=real[:, None] & (dk < DK)[None, :], other=0.0)
+    rows = entry * GROUP + member
+    out, top = tl.zeros([GROUP2, DV2], tl.float32), tl.full([GROUP2], NOTHING, tl.float32)
+    pair_out, pair_top = out, top
+    for step in range(LEAVES):
+        local = part * LEAVES + step
+        if LISTED:
+            order = tl.arange(0, blocks.shape[0])
+            block = tl.sum(tl.where(order == local // PER_BLOCK, blocks + 1, 0)) - 1
+        else:
+            block = blocks + local // PER_BLOCK
+        within = (local % PER_BLOCK) * TILE + token
+        tokens = block * SIZE + within
+        there = (block >= 0) & (block < num_blocks)
+        present = (within < SIZE) & (tokens >= lowest) & (tokens <= tl.where(there, position, -1))
+        page = tl.load(table + block * SIZE // PAGE, mask=there & (block * SIZE <= position), other=0).to(tl.int64)
+        line = raw + page * raw_page + ((block * SIZE) % PAGE + within) * raw_slot
+        k = tl.load(line[:, None] + dk[None, :], mask=present[:, None] & (dk < DK)[None, :], other=0.0)
+        v = tl.load((line + raw_kind)[:, None] + dv[None, :], mask=present[:, None] & (dv < DV)[None, :], other=0.0)
+        if LEAVES == 1:
+            queries = tl.load(q_rows, mask=real[:, None] & (dk < DK)[None, :], other=0.0)
+        seen = present[None, :] & (member >= 0)[:, None]
+        _weights, total, this_top, this_out = attend_leaf(queries, k.to(queries.dtype), v.to(queries.dtype), seen, scale, PRECISION)
+        tl.store(leaf_top + rows * ALL_LEAVES + (FIRST_LEAF + local), this_top, mask=real)
+        tl.store(leaf_sum + rows * ALL_LEAVES + (FIRST_LEAF + local), total, mask=real)
+        out, top, pair_out, pair_top = merge_leaf(step, this_out, this_top, out, top, pair_out, pair_top, LEAVES)
+    place = rows * PARTS + (FIRST_LEAF // LEAVES + part)
+    tl.store(part_top + place, top, mask=real)
+    tl.store(part_out + (place * DV)[:, None] + dv[None, :], out, mask=real[:, None] & (dv < DV)[None, :])
+
+
+@triton.jit(do_not_specialize=["num_leaves", "num_parts", "num_blocks"])
+def first_kernel(
+    q, cmp, raw, block_table, seq_lens, cmp_leaf_top, cmp_leaf_sum, leaf_edge, cmp_part_top, cmp_part_out, scores,
+    raw_leaf_top, raw_leaf_sum, raw_part_top, raw_part_out, scale,
+    q_batch, q_row, q_head, cmp_page, cmp_slot, cmp_head, raw_page, raw_kind, raw_slot, raw_head, table_batch, num_leaves, num_parts, num_blocks,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP2: tl.constexpr, NUM_NEW: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, DK2: tl.constexpr,
+    DV2: tl.constexpr, STRIDE: tl.constexpr, FIRST: tl.constexpr, PER_BLOCK: tl.constexpr, PER_BLOCK2: tl.constexpr, PER_PAGE: tl.constexpr,
+    LEAF: tl.constexpr, ROWS: tl.constexpr, CMP_LEAVES: tl.constexpr, SIZE: tl.constexpr, TILE: tl.constexpr, PAGE: tl.constexpr,
+    WINDOW: tl.constexpr, WINDOW_SET: tl.constexpr, CHOSEN_LEAVES: tl.constexpr, ALL_LEAVES: tl.constexpr, RAW_LEAVES: tl.constexpr,
+    SCORES: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """What needs no choice of blocks: the compression branch, then the window.
+
+    Writes of compressed tokens, per leaf top, sum and `edge` `[B, Hkv, rows, leaves]`, per program top `[B, Hkv, rows, parts]` and output
+    `[…, parts, Dv]`, and each block's share of the score `[B, Hkv, rows, blocks]`: what the block's own slots give, and those of the group
+    after it where that lies in the same leaf; `edge` is what a leaf's first group gives to the block before it.
+    Of the window, what `attend_blocks` says."""
+    if PDL:
+        gdc_launch_dependents()
+    ROW_TILES: tl.constexpr = (NUM_NEW * GROUP + ROWS - 1) // ROWS
+    WINDOW_PARTS: tl.constexpr = (ALL_LEAVES - CHOSEN_LEAVES) // RAW_LEAVES
+    head, index = tl.program_id(0) % HEADS, tl.program_id(0) // HEADS
+    batch = tl.program_id(1).to(tl.int64)
+    length = tl.load(seq_lens + batch).to(tl.int32)
+    if index < ROW_TILES * num_parts:
+        compression_program(
+            q + batch * q_batch, cmp + head * cmp_head, block_table + batch * table_batch, length, cmp_leaf_top, cmp_leaf_sum, leaf_edge,
+            cmp_part_top, cmp_part_out, scores, scale, q_row, q_head, cmp_page, cmp_slot, batch, head, index // ROW_TILES,
+            (index % ROW_TILES) * ROWS, num_leaves, num_parts, num_blocks, HEADS, GROUP, NUM_NEW, DK, DV, DK2, DV2, STRIDE, FIRST, PER_BLOCK,
+            PER_BLOCK2, PER_PAGE, LEAF, ROWS, CMP_LEAVES, SCORES, PRECISION,
+        )  # fmt: skip
+    elif length > 0:
+        other = index - ROW_TILES * num_parts
+        query = other // WINDOW_PARTS
+        position = tl.maximum(length - NUM_NEW + query, 0)
+        lowest = tl.maximum(position - (WINDOW - 1), 0)
+        attend_blocks(
+            q + batch * q_batch + query * q_row, raw + (head + WINDOW_SET * HEADS) * raw_head, block_table + batch * table_batch, raw_leaf_top,
+            raw_leaf_sum, raw_part_top, raw_part_out, scale, q_head, raw_page, raw_kind, raw_slot, (batch * NUM_NEW + query) * HEADS + head,
+            head, other % WINDOW_PARTS, position, lowest, lowest // SIZE, num_blocks, GROUP, GROUP2, DK, DV, DK2, DV2, SIZE, TILE, PAGE,
+            CHOSEN_LEAVES, ALL_LEAVES, RAW_LEAVES, False, PRECISION,
+        )  # fmt: skip
+
+
+@triton.jit
+def add_sum(total, top, sums, tops):
+    """`total` relative to 2**top plus the sum over the first dimension of `sums`, relative to 2**tops; and the new top."""
+    both = tl.maximum(top, tl.max(tops, 0))
+    return total * power_of_two(top - both) + tl.sum(sums * power_of_two(tops - both[None, :]), 0), both
+
+
+@triton.jit(do_not_specialize=["num_leaves", "num_chunks"])
+def score_kernel(
+    leaf_top, leaf_sum, leaf_edge, scores, chunk_keys, candidates, given, seq_lens, given_batch, given_row, given_head, num_leaves, num_chunks,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP2: tl.constexpr, NUM_NEW: tl.constexpr, STRIDE: tl.constexpr, FIRST: tl.constexpr,
+    PER_BLOCK: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr, NUM: tl.constexpr, NUM_INIT: tl.constexpr, NUM_LOCAL: tl.constexpr,
+    CHUNK: tl.constexpr, GIVEN: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """The best NUM of CHUNK blocks for one query and KV head: keys int64 `[B, m, Hkv, chunks, NUM]`, best first.
+
+    A key is the score's bits, then the block number, lower ones greater; negative = no block."""
+    if PDL:
+        gdc_launch_dependents()
+    head, chunk = tl.program_id(0) % HEADS, tl.program_id(0) // HEADS
+    query, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    length = tl.load(seq_lens + batch).to(tl.int32)
+    current = tl.maximum(length - NUM_NEW + query, 0) // SIZE
+    wanted = (length > 0) & (chunk * CHUNK <= current)
+    if GIVEN:
+        wanted = wanted & (tl.load(given + batch * given_batch + query * given_row + head * given_head).to(tl.int32) == RECOMPUTE)
+    if PDL:
+        gdc_wait()
+    if not wanted:
+        return
+    member = tl.arange(0, GROUP2)
+    real = member < GROUP
+    rows = ((batch * HEADS + head) * NUM_NEW + query) * GROUP + member
+    filled_leaves = tl.cdiv(length // STRIDE, GROUPS * PER_BLOCK)
+    blocks = chunk * CHUNK + tl.arange(0, CHUNK)
+    leaves = blocks // GROUPS
+    inside = real[:, None] & (leaves < filled_leaves)[None, :]
+    at_edge = real[:, None] & ((blocks % GROUPS == GROUPS - 1) & (leaves + 1 < filled_leaves))[None, :]
+    places = (rows * num_leaves)[:, None] + leaves[None, :]
+    shares = tl.load(scores + (rows * (num_leaves * GROUPS))[:, None] + blocks[None, :], mask=inside, other=0.0)
+    share_top = tl.load(leaf_top + places, mask=inside, other=NOTHING)
+    edge, edge_top = shares, share_top
+    if FIRST > 0:
+        edge = tl.load(leaf_edge + places + 1, mask=at_edge, other=0.0)
+        edge_top = tl.load(leaf_top + places + 1, mask=at_edge, other=NOTHING)
+
+    leaf = tl.arange(0, STATISTICS)
+    top, total = tl.full([GROUP2], NOTHING, tl.float32), tl.zeros([GROUP2], tl.float32)
+    for start in range(0, filled_leaves, STATISTICS):
+        read = (start + leaf < filled_leaves)[:, None] & real[None, :]
+        spots = (rows * num_leaves)[None, :] + (start + leaf)[:, None]
+        tops = tl.load(leaf_top + spots, mask=read, other=NOTHING)
+        total, top = add_sum(total, top, tl.load(leaf_sum + spots, mask=read, other=0.0), tops)
+    inverse = tl.where(total > 0.0, 1.0 / tl.where(total > 0.0, total, 1.0), 0.0)
+    shares *= power_of_two(share_top - top[:, None])
+    if FIRST > 0:
+        shares += edge * power_of_two(edge_top - top[:, None])
+    score = tl.sum(shares * inverse[:, None], 0)
+
+    forced = (blocks < NUM_INIT) | (blocks > current - NUM_LOCAL)
+    bits = tl.where(forced, 0x7F800000, score.to(tl.int32, bitcast=True)).to(tl.int64)
+    keys = tl.where(blocks <= current, (bits << 32) | (0x7FFFFFFF - blocks).to(tl.int64), -1 - blocks.to(tl.int64))
+    # Through memory, so that the ranking does not inherit the scores' layout, which repeats every element in many threads.
+    place = ((batch * NUM_NEW + query) * HEADS + head) * num_chunks + chunk
+    column = tl.arange(0, CHUNK)
+    tl.store(chunk_keys + place * CHUNK + column, keys)
+    tl.debug_barrier()
+    mine = tl.load(chunk_keys + place * CHUNK + column)
+    SLICE: tl.constexpr = 32 if CHUNK > 32 else CHUNK
+    better = tl.zeros([SLICE, CHUNK], tl.int32)
+    for start in tl.range(0, CHUNK, SLICE, loop_unroll_factor=4):
+        others = tl.load(chunk_keys + place * CHUNK + start + tl.arange(0, SLICE))
+        better += (others[:, None] > mine[None, :]).to(tl.int32)
+    ranks = tl.sum(better, 0)
+    tl.store(candidates + place * NUM + ranks, mine, mask=ranks < NUM)
+
+
+@triton.jit
+def best_blocks(candidates, num_keys, NUM: tl.constexpr, NUM2: tl.constexpr, CANDIDATES: tl.constexpr):
+    """The NUM best of `num_keys` keys: block numbers `[NUM2]` ascending, then −1."""
+    SLICE: tl.constexpr = 32 if CANDIDATES > 32 else CANDIDATES
+    entry, order = tl.arange(0, CANDIDATES), tl.arange(0, NUM2)
+    keys = tl.load(candidates + entry, mask=entry < num_keys, other=-1)
+    better = tl.zeros([SLICE, CANDIDATES], tl.int32)
+    for start in tl.range(0, CANDIDATES, SLICE, loop_unroll_factor=4):
+        place = start + tl.arange(0, SLICE)
+        others = tl.load(candidates + place, mask=place < num_keys, other=-1)
+        better += (others[:, None] > keys[None, :]).to(tl.int32)
+    ranks = tl.sum(better, 0)
+    chosen = (keys >= 0) & (ranks < NUM)
+    blocks = 0x7FFFFFFF - (keys & 0x7FFFFFFF).to(tl.int32)
+    plus_one = tl.sum(tl.where(chosen[None, :] & (ranks[None, :] == order[:, None]), blocks[None, :] + 1, 0), 1)
+    taken = tl.where(plus_one > 0, plus_one, 0x7FFFFFFF - order)
+    places = tl.sum((taken[None, :] < taken[:, None]).to(tl.int32), 1)
+    ascending = tl.sum(tl.where(places[None, :] == order[:, None], plus_one[None, :], 0), 1) - 1
+    return ascending
+
+
+@triton.jit(do_not_specialize=["num_chunks", "num_blocks"])
+def blocks_kernel(
+    q, raw, block_table, seq_lens, candidates, given, selection, leaf_top, leaf_sum, part_top, part_out, scale,
+    q_batch, q_row, q_head, raw_page, raw_kind, raw_slot, raw_head, table_batch, given_batch, given_row, given_head, given_entry, num_chunks,
+    num_blocks,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP2: tl.constexpr, NUM_NEW: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, DK2: tl.constexpr,
+    DV2: tl.constexpr, SIZE: tl.constexpr, TILE: tl.constexpr, PAGE: tl.constexpr, NUM: tl.constexpr, NUM2: tl.constexpr, CHUNK: tl.constexpr,
+    CANDIDATES: tl.constexpr, CHOSEN_SET: tl.constexpr, ALL_LEAVES: tl.constexpr, LEAVES: tl.constexpr, SCORES: tl.constexpr,
+    GIVEN: tl.constexpr, RETURN: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One query's heads of one KV head over LEAVES leaves of the chosen blocks; the first program also writes the selection."""
+    if PDL:
+        gdc_launch_dependents()
+    head, part = tl.program_id(0) % HEADS, tl.program_id(0) // HEADS
+    query, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    length = tl.load(seq_lens + batch).to(tl.int32)
+    order = tl.arange(0, NUM2)
+    entry = (batch * NUM_NEW + query) * HEADS + head
+    if PDL:
+        gdc_wait()
+    if length == 0:
+        if RETURN & (part == 0):
+            tl.store(selection + entry * NUM + order, tl.full([NUM2], -1, tl.int32).to(selection.dtype.element_ty), mask=order < NUM)
+        return
+    position = tl.maximum(length - NUM_NEW + query, 0)
+    if SCORES:
+        num_keys = tl.minimum(position // SIZE // CHUNK + 1, num_chunks) * NUM
+        chosen = best_blocks(candidates + entry * num_chunks * NUM, num_keys, NUM, NUM2, CANDIDATES)
+    else:
+        chosen = tl.where(order <= position // SIZE, order, -1)
+    if GIVEN:
+        row = given + batch * given_batch + query * given_row + head * given_head
+        replayed = tl.load(row + order * given_entry, mask=order < NUM, other=-1).to(tl.int32)
+        chosen = tl.where(tl.load(row).to(tl.int32) == RECOMPUTE, chosen, replayed)
+    if RETURN & (part == 0):
+        tl.store(selection + entry * NUM + order, chosen.to(selection.dtype.element_ty), mask=order < NUM)
+    attend_blocks(
+        q + batch * q_batch + query * q_row, raw + (head + CHOSEN_SET * HEADS) * raw_head, block_table + batch * table_batch, leaf_top, leaf_sum,
+        part_top, part_out, scale, q_head, raw_page, raw_kind, raw_slot, entry, head, part, position, 0, tl.where(order < NUM, chosen, -1),
+        num_blocks, GROUP, GROUP2, DK, DV, DK2, DV2, SIZE, TILE, PAGE, 0, ALL_LEAVES, LEAVES, True, PRECISION,
+    )  # fmt: skip
+
+
+@triton.jit
+def read_leaves(leaf_top, leaf_sum, part_top, part_out, dv, start, first, end, LEAVES: tl.constexpr, DV: tl.constexpr):
+    """Of the STATISTICS leaves from `start` on those in [first, end): tops and sums, and their programs' tops and columns dv of the outputs."""
+    leaf = start + tl.arange(0, STATISTICS)
+    part = start // LEAVES + tl.arange(0, STATISTICS // LEAVES)
+    counted = (leaf >= first) & (leaf < end)
+    inside = (part * LEAVES >= first) & (part * LEAVES < end)
+    outs = tl.load(part_out + part[:, None] * DV + dv[None, :], mask=inside[:, None] & (dv < DV)[None, :], other=0.0)
+    part_tops = tl.load(part_top + part, mask=inside, other=NOTHING)
+    tops = tl.load(leaf_top + leaf, mask=counted, other=NOTHING)
+    return tops, tl.load(leaf_sum + leaf, mask=counted, other=0.0), part_tops, outs
+
+
+@triton.jit
+def add_leaves(out, total, top, tops, sums, part_tops, outs):
+    """One row's output `[columns]`, sum and top `[1]` so far, plus what `read_leaves` gave."""
+    total, both = add_sum(total, top, sums[:, None], tops[:, None])
+    out = out * power_of_two(top - both) + tree_sum(outs * power_of_two(part_tops[:, None] - both[None, :]))
+    return out, total, both
+
+
+@triton.jit(do_not_specialize=["num_leaves", "num_parts"])
+def combine_kernel(
+    cmp_leaf_top, cmp_leaf_sum, cmp_part_top, cmp_part_out, raw_leaf_top, raw_leaf_sum, raw_part_top, raw_part_out, gates, seq_lens, out,
+    gates_batch, gates_row, gates_head, gates_branch, num_leaves, num_parts,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, NUM_NEW: tl.constexpr, DV: tl.constexpr, COLUMNS: tl.constexpr, STRIDE: tl.constexpr,
+    SLOTS: tl.constexpr, CHOSEN_LEAVES: tl.constexpr, ALL_LEAVES: tl.constexpr, CMP_LEAVES: tl.constexpr, RAW_LEAVES: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """COLUMNS of one query head's output `[B, m, Hq, Dv]`: the gated sum of the branches; 0 for a padded row."""
+    SLICES: tl.constexpr = (DV + COLUMNS - 1) // COLUMNS
+    head, query, batch = tl.program_id(0) // SLICES, tl.program_id(1), tl.program_id(2).to(tl.int64)
+    length = tl.load(seq_lens + batch).to(tl.int32)
+    gate = gates + batch * gates_batch + query * gates_row + head * gates_head
+    compressed_gate = tl.load(gate).to(tl.float32)
+    chosen_gate = tl.load(gate + gates_branch).to(tl.float32)
+    window_gate = tl.load(gate + 2 * gates_branch).to(tl.float32)
+    dv = (tl.program_id(0) % SLICES) * COLUMNS + tl.arange(0, COLUMNS)
+    row = (batch * NUM_NEW + query) * (HEADS * GROUP) + head
+    if PDL:
+        gdc_wait()
+    result = tl.zeros([COLUMNS], tl.float32)
+    if length > 0:
+        cmp_row = ((batch * HEADS + head // GROUP) * NUM_NEW + query) * GROUP + head % GROUP
+        RAW_PARTS: tl.constexpr = ALL_LEAVES // RAW_LEAVES
+        cmp_tops, cmp_sums = cmp_leaf_top + cmp_row * num_leaves, cmp_leaf_sum + cmp_row * num_leaves
+        cmp_part_tops, cmp_outs = cmp_part_top + cmp_row * num_parts, cmp_part_out + cmp_row * num_parts * DV
+        tops, sums = raw_leaf_top + row * ALL_LEAVES, raw_leaf_sum + row * ALL_LEAVES
+        part_tops, outs = raw_part_top + row * RAW_PARTS, raw_part_out + row * RAW_PARTS * DV
+        cmp_leaves = tl.cdiv(length // STRIDE, SLOTS)
+        nothing, zero = tl.full([1], NOTHING, tl.float32), tl.zeros([1], tl.float32)
+        compressed, compressed_sum, compressed_top = result, zero, nothing
+        chosen, chosen_sum, chosen_top = result, zero, nothing
+        window, window_sum, window_top = result, zero, nothing
+        for start in range(0, tl.maximum(cmp_leaves, ALL_LEAVES), STATISTICS):
+            of_compressed = read_leaves(cmp_tops, cmp_sums, cmp_part_tops, cmp_outs, dv, start, 0, cmp_leaves, CMP_LEAVES, DV)
+            of_chosen = read_leaves(tops, sums, part_tops, outs, dv, start, 0, CHOSEN_LEAVES, RAW_LEAVES, DV)
+            of_window = read_leaves(tops, sums, part_tops, outs, dv, start, CHOSEN_LEAVES, ALL_LEAVES, RAW_LEAVES, DV)
+            compressed, compressed_sum, compressed_top = add_leaves(compressed, compressed_sum, compressed_top, *of_compressed)
+            chosen, chosen_sum, chosen_top = add_leaves(chosen, chosen_sum, chosen_top, *of_chosen)
+            window, window_sum, window_top = add_leaves(window, window_sum, window_top, *of_window)
+        result = compressed_gate * (compressed / tl.where(compressed_sum > 0.0, compressed_sum, 1.0))
+        result += chosen_gate * (chosen / tl.where(chosen_sum > 0.0, chosen_sum, 1.0))
+        result += window_gate * (window / tl.where(window_sum > 0.0, window_sum, 1.0))
+    tl.store(out + row * DV + dv, result.to(out.dtype.element_ty), mask=dv < DV)
