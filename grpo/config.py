@@ -111,6 +111,8 @@ class RewardSpec(Section):
     weight: float = 1.0
     arguments: dict[str, Any] = {}
     """Keyword arguments given to the function at every call."""
+    deadline_s: PositiveFloat | None = None
+    """Seconds one call may take; None: rewards.deadline_s."""
 
 
 class RewardsSection(Section):

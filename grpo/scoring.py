@@ -67,7 +67,7 @@ class Scorer:
         self._lock = threading.Lock()
         self._reported: Counter[str] = Counter()
         self._pool = WorkerPool(
-            [FunctionSpec(name=spec.name, arguments=spec.arguments) for spec in section.functions],
+            [FunctionSpec(name=spec.name, arguments=spec.arguments, deadline_s=spec.deadline_s) for spec in section.functions],
             workers=section.workers,
             deadline_s=section.deadline_s,
             memory_mb=section.memory_mb,

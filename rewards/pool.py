@@ -43,10 +43,11 @@ _READ = 1 << 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FunctionSpec:
-    """A reward by name, with its keyword arguments."""
+    """A reward by name, with its keyword arguments; `deadline_s` None is the pool's."""
 
     name: str
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    deadline_s: float | None = None
 
 
 class _Call:
@@ -101,7 +102,8 @@ class WorkerPool:
     """`workers` processes that run `functions`, and a spare one.
 
     Args:
-        deadline_s: seconds one call may take. memory_mb: address space of a worker; None: registry.MEMORY_MB's, or no limit.
+        deadline_s: seconds one call may take, where its FunctionSpec does not say. memory_mb: address space of a
+            worker; None: registry.MEMORY_MB's, or no limit.
         save_dir: folder that gets the sample of every timeout and crash as JSON. context: values for functions that name
             such a parameter (`prefilled`).
 
@@ -126,7 +128,8 @@ class WorkerPool:
         self.styles: list[Style] = []
         self.parameters: list[frozenset[str]] = []
         self.counters: Counter[str] = Counter()
-        self._deadline_s, self._start_deadline_s, self._size = deadline_s, start_deadline_s, workers
+        self._deadlines = [spec.deadline_s or deadline_s for spec in functions]
+        self._start_deadline_s, self._size = start_deadline_s, workers
         self._save_dir = None if save_dir is None else Path(save_dir)
         try:
             self._start_message = _line(
@@ -287,7 +290,7 @@ class WorkerPool:
                 return
             job = self._jobs.popleft()
             worker.job = job
-            worker.deadline = time.monotonic() + self._deadline_s
+            worker.deadline = time.monotonic() + self._deadlines[job.function]
             samples = [job.call.samples[index] for index in job.indices]
             worker.outgoing += _line({"job": worker.number, "function": job.function, "samples": samples})
             self._selector.register(worker.stdin, selectors.EVENT_WRITE, worker)
@@ -339,7 +342,7 @@ class WorkerPool:
         job = worker.job
         if job is None:
             return
-        worker.deadline = time.monotonic() + self._deadline_s
+        worker.deadline = time.monotonic() + self._deadlines[job.function]
         job.done += 1
         outcome = Outcome(value=value, answer=answer, fault=fault, detail=detail)
         if fault == "raised" and len(job.indices) > 1 and self.styles[job.function] == "trl":
@@ -363,7 +366,9 @@ class WorkerPool:
         self.counters["timeouts" if outcome.fault == "timeout" else "failures"] += 1
         if f"{name}:{outcome.fault}" not in self._logged:
             self._logged.add(f"{name}:{outcome.fault}")
-            what = {"timeout": f"took longer than {self._deadline_s:g} s", "crash": "killed its worker"}.get(str(outcome.fault), "failed")
+            what = {"timeout": f"took longer than {self._deadlines[job.function]:g} s", "crash": "killed its worker"}.get(
+                str(outcome.fault), "failed"
+            )
             logger.warning("reward %s %s%s (further cases are only counted)", name, what, f": {outcome.detail}" if outcome.detail else "")
         if outcome.fault in ("timeout", "crash"):
             self._save(name, str(outcome.fault), job.call.samples[index])

@@ -52,6 +52,10 @@ def group(prompts, completions, **columns):
         return [1.0]
     return [float(len(completions))] * len(completions)
 
+def slow(completion):
+    time.sleep(1)
+    return 1.0
+
 def pid(completion):
     return os.getpid()
 """
@@ -303,6 +307,13 @@ def test_hanging_functions_cost_the_deadline_each_and_no_result_is_lost(path: st
         spent = time.perf_counter() - start
     assert [row.fault for row in rows] == ["timeout" if text == "hang" else None for text in texts]
     assert spent < 6 * (0.3 + 2.0)  # two workers share six hangs; the rest is room for starts on a busy machine
+
+
+def test_each_function_has_its_own_deadline(path: str) -> None:
+    specs = [FunctionSpec(name=f"{path}:own", deadline_s=0.3), FunctionSpec(name=f"{path}:slow", deadline_s=20.0)]
+    with WorkerPool(specs, workers=1, deadline_s=0.1) as pool:
+        (row,) = result(pool.submit(samples("hang")))
+    assert [outcome.fault for outcome in row] == ["timeout", None]
 
 
 def test_results_stream_before_a_hang_is_over(path: str) -> None:
