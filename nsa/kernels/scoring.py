@@ -58,10 +58,9 @@ class ScoreTile:
 def score_tile(key_dim: int, group: int, dtype: torch.dtype) -> ScoreTile:
     """The fixed table of tile shapes by padded key dimension, padded group and dtype."""
     if dtype == torch.float32:
-        return ScoreTile(blocks=32, columns=max(64 if key_dim <= 128 else 32, group), num_warps=4, num_stages=1, registers=None)
-    # three programs an SM, where keys and sums are small enough for that
-    small = key_dim <= 128 and group >= 4
-    return ScoreTile(blocks=64, columns=max(128, group), num_warps=4, num_stages=2, registers=168 if small else None)
+        return ScoreTile(blocks=32, columns=max(64 if key_dim <= 128 else 32, group), num_warps=8, num_stages=1, registers=None)
+    # 168 registers: three programs an SM; larger keys leave no room in shared memory for that. Few heads are many queries to sum for.
+    return ScoreTile(blocks=64, columns=max(128 if group >= 4 else 64, group), num_warps=4, num_stages=2, registers=168 if key_dim <= 128 else None)
 
 
 @triton.jit
