@@ -16,6 +16,7 @@ Leaves out autograd (packed.py), the pooling that makes compressed tokens (compr
 
 from __future__ import annotations
 
+import itertools
 import logging
 from dataclasses import dataclass
 from functools import lru_cache
@@ -29,10 +30,13 @@ from nsa.kernels.banded_kernels import MAX_CHUNKS, add_chunks_kernel, dkdv_kerne
 from nsa.kernels.launch import LOG2_E, dot_precision, padded
 from nsa.kernels.tiles import KernelPlan
 
+Kernel = Literal["forward", "dq", "dkdv"]
+Kind = Literal["compression", "window"]
+
 log = logging.getLogger(__name__)
 
-QUERY_TILES_ON_HOPPER = False
-"""Whether the forward pass and dq use their Hopper kernels too (not yet run on a GPU; dk and dv are)."""
+ON_HOPPER = frozenset(itertools.product(("forward", "dq", "dkdv"), ("compression", "window")))
+"""Kernels and bands for which a Hopper GPU takes its own kernels."""
 MIN_CHUNK = 1024
 """Queries of a sequence that are never split."""
 
@@ -41,7 +45,7 @@ MIN_CHUNK = 1024
 class Band:
     """Which keys a query sees: compressed tokens complete at its position, or the last w raw keys."""
 
-    kind: Literal["compression", "window"]
+    kind: Kind
     plan: KernelPlan
     config: SparsityConfig
 
@@ -49,6 +53,11 @@ class Band:
     def key_ends(self) -> torch.Tensor:
         """int32 `[N+1]`: where each sequence's keys of this band begin and end."""
         return self.plan.compressed_ends if self.kind == "compression" else self.plan.key_ends
+
+    @property
+    def ends(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """int32 `[N+1]` each: where sequences' queries, tokens and keys of this band end."""
+        return self.plan.query_ends, self.plan.key_ends, self.key_ends
 
     @property
     def geometry(self) -> dict[str, int]:
@@ -64,25 +73,28 @@ class Band:
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
-    """Tile sizes and launch settings of one kernel: rows (queries × heads), keys, warps, pipeline stages."""
+    """Tile sizes and launch settings of a Triton kernel: rows (queries × heads), keys, warps, pipeline stages, register limit."""
 
     rows: int
     keys: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
-def choose_blocks(kernel: Literal["forward", "dq", "dkdv"], width: int, dtype: torch.dtype) -> Blocks:
-    """The settings for head dims up to `width` (a power of two) and a dtype (forward and dq at 128 as swept on an H100).
+def choose_blocks(kernel: Kernel, kind: Kind, width: int, dtype: torch.dtype) -> Blocks:
+    """The Triton kernels' settings for head dims up to `width` (a power of two) and a dtype (at 128 as swept on an H100).
 
     Shorter pipelines of dk and dv leave no spills in the loops (`cuobjdump`, Triton 3.6)."""
     if dtype == torch.float32:
         return Blocks(32, 32, 4, 2 if width <= 64 else 1)
     if kernel == "forward":
-        return Blocks(64, 64, 4, 3) if width <= 128 else Blocks(128, 64, 8, 2)
+        return Blocks(64, 64, 4, 3) if width <= 64 else Blocks(128, 64, 8, 2, 128 if width == 128 else None)
     if kernel == "dq":
-        return Blocks(128, 64, 8, 3) if width <= 128 else Blocks(64, 64, 8, 1)
-    return Blocks(64, 128, 8, 2) if width <= 128 else Blocks(32, 64, 8, 2)
+        return Blocks(64, 64, 8, 1) if width > 128 else Blocks(64, 64, 4, 2) if width == 128 and kind == "window" else Blocks(128, 64, 8, 3)
+    if width > 128:
+        return Blocks(32, 64, 8, 2)
+    return Blocks(64, 128, 8, 3 if width == 128 and kind == "window" else 2)
 
 
 @lru_cache(maxsize=8)
@@ -96,9 +108,9 @@ def runs_hopper_kernels(device: torch.device) -> bool:
     return True
 
 
-def takes_hopper(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
-    """Whether the Hopper kernels compute the forward pass and dq; their module is imported only where they can run."""
-    if not runs_hopper_kernels(q.device):
+def takes_hopper(kernel: Kernel, band: Band, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
+    """Whether a kernel's Hopper version computes this; its module is imported only where it can run."""
+    if not q.shape[0] or (kernel, band.kind) not in ON_HOPPER or not runs_hopper_kernels(q.device):
         return False
     from nsa.kernels import banded_hopper
 
@@ -110,13 +122,11 @@ def rows_contiguous(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def tile_settings(
-    kernel: Literal["forward", "dq", "dkdv"], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, band: Band
-) -> tuple[dict[str, int], dict[str, int | str]]:
-    """Launch settings (num_warps, num_stages) and the constants that describe a kernel's tiles."""
+def tile_settings(kernel: Kernel, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, band: Band) -> tuple[dict[str, int], dict[str, int | str]]:
+    """Launch settings (num_warps, num_stages, maxnreg) and the constants that describe a Triton kernel's tiles."""
     key_dim, value_dim, group = k.shape[2], v.shape[2], q.shape[1] // k.shape[1]
     width_k, width_v = padded(key_dim), padded(value_dim)
-    blocks = choose_blocks(kernel, max(width_k, width_v), q.dtype)
+    blocks = choose_blocks(kernel, band.kind, max(width_k, width_v), q.dtype)
     rows = max(blocks.rows, triton.next_power_of_2(group))
     queries = rows // group
     constants: dict[str, int | str] = {"DK": key_dim, "DV": value_dim, "WIDTH_K": width_k, "WIDTH_V": width_v, "GROUP": group, **band.geometry}
@@ -126,7 +136,8 @@ def tile_settings(
         narrow = band.kind == "window" and rest <= blocks.keys // 2
         constants["BORDER"] = padded(rest) if narrow else blocks.keys
     constants["PRECISION"] = dot_precision()
-    return {"num_warps": blocks.warps, "num_stages": blocks.stages}, constants
+    launch = {"num_warps": blocks.warps, "num_stages": blocks.stages}
+    return launch if blocks.registers is None else launch | {"maxnreg": blocks.registers}, constants
 
 
 def banded_forward(
@@ -148,11 +159,10 @@ def banded_forward(
     q, k, v = rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
     branch = torch.empty(*q.shape[:2], v.shape[2], dtype=q.dtype, device=q.device) if keep else None
-    ends = (band.plan.query_ends, band.plan.key_ends, band.key_ends)
-    if QUERY_TILES_ON_HOPPER and q.shape[0] and takes_hopper(q, k, v):
+    if takes_hopper("forward", band, q, k, v):
         from nsa.kernels import banded_hopper
 
-        tables = (band.plan.query_tiles(banded_hopper.ROWS // (q.shape[1] // k.shape[1])), *ends)
+        tables = (band.plan.query_tiles(banded_hopper.ROWS // (q.shape[1] // k.shape[1])), *band.ends)
         banded_hopper.forward(q, k, v, gate, out, branch, lse, tables, band.geometry, scale=scale * LOG2_E, accumulate=accumulate)
         return branch, lse
     launch, constants = tile_settings("forward", q, k, v, band)
@@ -160,7 +170,7 @@ def banded_forward(
     if tiles.shape[0]:
         kept = out if branch is None else branch
         forward_kernel[(tiles.shape[0], k.shape[1])](
-            q, k, v, gate, out, kept, lse, tiles, *ends,
+            q, k, v, gate, out, kept, lse, tiles, *band.ends,
             *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *gate.stride(), *out.stride()[:2], *kept.stride()[:2], lse.stride(0), scale * LOG2_E,
             ACCUMULATE=accumulate, KEEP=keep, **constants, **launch,
         )  # fmt: skip
@@ -182,51 +192,73 @@ def banded_backward(
         dk, dv in k's dtype and shapes; zero where no query sees a key.
     """
     d_out, q, k, v = rows_contiguous(d_out), rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)
-    plan, num_heads, group = band.plan, k.shape[1], q.shape[1] // k.shape[1]
-    hopper = q.shape[0] > 0 and takes_hopper(q, k, v)
-    ends = (plan.query_ends, plan.key_ends, band.key_ends)
+    num_heads, group = k.shape[1], q.shape[1] // k.shape[1]
     stats = torch.empty(num_heads, 2, -(-q.shape[0] * group // 16) * 16, dtype=torch.float32, device=q.device)
-    if hopper:
-        from nsa.kernels import banded_hopper, banded_hopper_backward
-    if hopper and QUERY_TILES_ON_HOPPER:
-        tables = (plan.query_tiles(banded_hopper.ROWS // group), *ends)
-        banded_hopper_backward.dq(d_out, q, k, v, lse, delta, gate, dq, dq_before, stats, tables, band.geometry, scale=scale)
-    else:
-        launch, constants = tile_settings("dq", q, k, v, band)
-        tiles = plan.query_tiles(int(constants["QUERIES"]))
-        before = dq if dq_before is None else dq_before
-        if tiles.shape[0]:
-            dq_kernel[(tiles.shape[0], num_heads)](
-                q, k, v, d_out, gate, lse, delta, dq, before, stats, tiles, *ends,
-                *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *d_out.stride()[:2], *gate.stride(), *lse.stride(), *delta.stride(),
-                *dq.stride()[:2], *before.stride()[:2], *stats.stride()[:2], scale * LOG2_E, scale,
-                ACCUMULATE=dq_before is not None, **constants, **launch,
-            )  # fmt: skip
+    write_dq(d_out, q, k, v, lse, delta, gate, band, stats, scale=scale, dq=dq, before=dq_before)
     d_key, d_value = torch.empty(k.shape, dtype=k.dtype, device=k.device), torch.empty(v.shape, dtype=v.dtype, device=v.device)
     if not k.shape[0]:
         return d_key, d_value
-    num_chunks = min(MAX_CHUNKS.value, triton.cdiv(plan.max_key_length, MIN_CHUNK)) if band.kind == "compression" else 1
-    split = MIN_CHUNK if num_chunks > 1 else 0
+    num_chunks = min(MAX_CHUNKS.value, triton.cdiv(band.plan.max_key_length, MIN_CHUNK)) if band.kind == "compression" else 1
     parts = (d_key[None], d_value[None])
     if num_chunks > 1:
         parts = tuple(torch.empty(num_chunks, *x.shape, dtype=torch.float32, device=x.device) for x in (k, v))
-    launch, constants = tile_settings("dkdv", q, k, v, band)
-    if hopper and banded_hopper_backward.takes_rows(q, d_out, group):
-        size, tiles = banded_hopper_backward.KEYS, band.key_tiles(banded_hopper_backward.KEYS)
-        banded_hopper_backward.dkdv(d_out, q, k, v, stats, parts, (tiles, *ends), band.geometry, scale=scale, split=split)
-    else:
-        size, tiles = int(constants["KEYS"]), band.key_tiles(int(constants["KEYS"]))
-        dkdv_kernel[(tiles.shape[0], num_heads, num_chunks)](
-            q, k, v, d_out, stats, *parts, tiles, *ends,
-            *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *d_out.stride()[:2], *stats.stride()[:2],
-            *(step for part in parts for step in (part.stride(1), part.stride(2), part.stride(0))), scale * LOG2_E, scale,
-            SPLIT=split, **constants, **launch,
-        )  # fmt: skip
+    size = write_parts(d_out, q, k, v, band, stats, parts, scale=scale)
     if num_chunks > 1:
-        for part, total, name in zip(parts, (d_key, d_value), ("K", "V"), strict=True):
+        tiles = band.key_tiles(size)
+        for part, total in zip(parts, (d_key, d_value), strict=True):
             add_chunks_kernel[(tiles.shape[0], num_heads)](
-                part, total, tiles, *ends, part.stride(1), part.stride(2), part.stride(0), *total.stride()[:2], num_chunks,
-                DIM=constants[f"D{name}"], WIDTH=constants[f"WIDTH_{name}"], **band.geometry, QUERIES=constants["QUERIES"], KEYS=size,
-                SPLIT=split, num_warps=8,
+                part, total, tiles, *band.ends, part.stride(1), part.stride(2), part.stride(0), *total.stride()[:2], num_chunks,
+                DIM=total.shape[2], WIDTH=padded(total.shape[2]), **band.geometry, QUERIES=1, KEYS=size, SPLIT=MIN_CHUNK, num_warps=8,
             )  # fmt: skip
     return d_key, d_value
+
+
+def write_dq(
+    d_out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lse: torch.Tensor, delta: torch.Tensor, gate: torch.Tensor, band: Band,
+    stats: torch.Tensor, *, scale: float, dq: torch.Tensor, before: torch.Tensor | None,
+) -> None:  # fmt: skip
+    """dq of `banded_backward`, and the rows' statistics for dk and dv: fp32 `[Hkv, 2, T · G or more]`, see `dq_kernel`."""
+    num_heads, group = k.shape[1], q.shape[1] // k.shape[1]
+    if takes_hopper("dq", band, q, k, v):
+        from nsa.kernels import banded_hopper, banded_hopper_backward
+
+        tables = (band.plan.query_tiles(banded_hopper.ROWS // group), *band.ends)
+        banded_hopper_backward.dq(d_out, q, k, v, lse, delta, gate, dq, before, stats, tables, band.geometry, scale=scale)
+        return
+    launch, constants = tile_settings("dq", q, k, v, band)
+    tiles = band.plan.query_tiles(int(constants["QUERIES"]))
+    added = dq if before is None else before
+    if tiles.shape[0]:
+        dq_kernel[(tiles.shape[0], num_heads)](
+            q, k, v, d_out, gate, lse, delta, dq, added, stats, tiles, *band.ends,
+            *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *d_out.stride()[:2], *gate.stride(), *lse.stride(), *delta.stride(),
+            *dq.stride()[:2], *added.stride()[:2], *stats.stride()[:2], scale * LOG2_E, scale,
+            ACCUMULATE=before is not None, **constants, **launch,
+        )  # fmt: skip
+
+
+def write_parts(
+    d_out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, band: Band, stats: torch.Tensor, parts: tuple[torch.Tensor, ...],
+    *, scale: float,
+) -> int:  # fmt: skip
+    """dk and dv from each chunk of the queries into parts `[chunks, K, Hkv, D]`; returns the size of a key tile."""
+    num_heads, num_chunks = k.shape[1], parts[0].shape[0]
+    split = MIN_CHUNK if num_chunks > 1 else 0
+    if takes_hopper("dkdv", band, q, k, v):
+        from nsa.kernels import banded_hopper_backward
+
+        if banded_hopper_backward.takes_rows(q, d_out, q.shape[1] // num_heads):
+            size = banded_hopper_backward.KEYS
+            tables = (band.key_tiles(size), *band.ends)
+            banded_hopper_backward.dkdv(d_out, q, k, v, stats, parts, tables, band.geometry, scale=scale, split=split)
+            return size
+    launch, constants = tile_settings("dkdv", q, k, v, band)
+    size = int(constants["KEYS"])
+    tiles = band.key_tiles(size)
+    dkdv_kernel[(tiles.shape[0], num_heads, num_chunks)](
+        q, k, v, d_out, stats, *parts, tiles, *band.ends,
+        *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *d_out.stride()[:2], *stats.stride()[:2],
+        *(step for part in parts for step in (part.stride(1), part.stride(2), part.stride(0))), scale * LOG2_E, scale,
+        SPLIT=split, **constants, **launch,
+    )  # fmt: skip
+    return size

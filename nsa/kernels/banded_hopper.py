@@ -6,8 +6,9 @@ K and V. There is no warp group for copies alone: a third one would leave 168 re
 to stay asynchronous. A bulk copy may bring rows of a neighbouring sequence: the scores of those keys are masked, and rows
 of V (K, q and dO, where they are factors of a gradient) are cleared in shared memory.
 
-Every program works on a fixed list of tiles, and a tile's result depends on its own sequence alone. Written for Triton
-3.6's Gluon. Leaves out the backward pass (banded_hopper_backward.py).
+Every program works on a fixed list of tiles; while it writes the results of one, queries and first keys of the next are on
+their way. A tile's result depends on its own sequence alone. Written for Triton 3.6's Gluon.
+Leaves out the backward pass (banded_hopper_backward.py).
 """
 
 from functools import lru_cache
@@ -61,10 +62,10 @@ def visible(keys, positions, STRIDE: gl.constexpr, OFFSET: gl.constexpr, WINDOW:
 def clear_rows(tile, first, count, LAYOUT: gl.constexpr):
     """Zeros in those rows of a shared tile, whose first row is row `first` of a tensor of `count` rows, that come after the last.
 
-    Both warp groups write the same bytes, so neither waits for the other."""
-    for part in gl.static_range(tile.shape[0] // 16):
-        piece = tile.slice(part * 16, 16)
-        present = first + part * 16 + gl.arange(0, 16, layout=gl.SliceLayout(1, LAYOUT)) < count
+    Both warp groups write the same bytes, so neither waits for the other. Half a tile of 128 rows at a time needs few registers."""
+    for part in gl.static_range(tile.shape[0] // 64):
+        piece = tile.slice(part * 64, 64)
+        present = first + part * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, LAYOUT)) < count
         value = piece.load(LAYOUT)
         piece.store(gl.where(present[:, None], value, gl.zeros_like(value)))
     fence_async_shared()
@@ -108,6 +109,24 @@ def softmax_step(scores, row_max, scale, key, bounds, keys, positions, STRIDE: g
 
 
 @gluon.jit
+def fill_first(common, done, head, first_key, num_keys, first, last, STRIDE: gl.constexpr, OFFSET: gl.constexpr, WINDOW: gl.constexpr):
+    """Starts the copies of the first tiles of K and V for queries at positions first … last, after `done` others."""
+    descs, buffers, rings, _tensors, _tables, strides, _scale, _num_tiles, _num_heads = common
+    k_desc, v_desc = descs
+    _, keys, values = buffers
+    k_ready, k_empty, v_ready, v_empty = rings
+    stages: gl.constexpr = keys.type.shape[0]
+    width: gl.constexpr = keys.type.shape[1]
+    begin, _, _, end = key_range(first, last, num_keys, STRIDE, OFFSET, WINDOW)
+    key_row, count = first_key + begin, gl.maximum(gl.cdiv(end - begin, width), 1)
+    for i in gl.static_range(stages):
+        if i < count:
+            fill(k_desc, keys, k_ready, k_empty, done + i, key_row + i * width, head * strides[2])
+            if i < stages - 1:
+                fill(v_desc, values, v_ready, v_empty, done + i, key_row + i * width, head * strides[3])
+
+
+@gluon.jit
 def forward_rows(
     common,
     WARP_GROUP: gl.constexpr, GROUP: gl.constexpr, STRIDE: gl.constexpr, OFFSET: gl.constexpr, WINDOW: gl.constexpr,
@@ -134,23 +153,23 @@ def forward_rows(
     columns = gl.arange(0, KEYS, layout=gl.SliceLayout(0, mma_s))
     dims = gl.arange(0, DIM, layout=gl.SliceLayout(0, wide))[None, :]
     zeros = gl.zeros([64, KEYS], gl.float32, layout=mma_s)
+    num_units, step = num_tiles * num_heads, gl.num_programs(0)
+    head, start, row, first_key, num_queries, num_keys, first, last = place_of(gl.program_id(0), num_heads, tables, QUERIES)
+    if WARP_GROUP == 0:
+        fill_first(common, 0, head, first_key, num_keys, first, last, STRIDE, OFFSET, WINDOW)
+    valid = (start + wide_rows // GROUP < num_queries) & (wide_rows < QUERIES * GROUP)
+    first_at = row_pointers(Q + head * GROUP * stride_qh, row, stride_q, stride_qh, wide_rows, GROUP)
+    query_tile.store(gl.load(first_at[:, None] + dims, mask=valid[:, None], other=0.0))
+    fence_async_shared()
+    gl.thread_barrier()
     done = 0
-    for index in range(gl.program_id(0), num_tiles * num_heads, gl.num_programs(0)):
-        head, start, row, first_key, num_queries, num_keys, first, last = place_of(index, num_heads, tables, QUERIES)
+    for index in range(gl.program_id(0), num_units, step):
+        next_head, next_start, next_row, next_first_key, next_queries, next_keys, next_first, next_last = place_of(
+            gl.minimum(index + step, num_units - 1), num_heads, tables, QUERIES
+        )
         begin, all_begin, all_end, end = key_range(first, last, num_keys, STRIDE, OFFSET, WINDOW)
         count = gl.maximum(gl.cdiv(end - begin, KEYS), 1)
         key_row, group = first_key + begin, head * GROUP
-        if WARP_GROUP == 0:
-            for i in gl.static_range(STAGES):
-                if i < count:
-                    fill(k_desc, keys, k_ready, k_empty, done + i, key_row + i * KEYS, head * stride_kh)
-                    if i < STAGES - 1:
-                        fill(v_desc, values, v_ready, v_empty, done + i, key_row + i * KEYS, head * stride_vh)
-        valid = (start + wide_rows // GROUP < num_queries) & (wide_rows < QUERIES * GROUP)
-        at = row_pointers(Q + group * stride_qh, row, stride_q, stride_qh, wide_rows, GROUP)
-        query_tile.store(gl.load(at[:, None] + dims, mask=valid[:, None], other=0.0))
-        fence_async_shared()
-        gl.thread_barrier()
 
         positions = first + rows // GROUP
         bounds = (all_begin, all_end)
@@ -158,7 +177,7 @@ def forward_rows(
         scores = warpgroup_mma(query_tile, keys.index(slot).permute((1, 0)), zeros, use_acc=False)
         mbarrier.arrive(k_empty.index(slot), count=1)
         row_max = gl.full([64], float("-inf"), gl.float32, layout=gl.SliceLayout(1, mma_s))
-        p, row_max, _ = softmax_step(scores, row_max, scale, begin, bounds, columns, positions, STRIDE, OFFSET, WINDOW)
+        p, row_max, decay = softmax_step(scores, row_max, scale, begin, bounds, columns, positions, STRIDE, OFFSET, WINDOW)
         row_sum = gl.sum(p, 1)
         weights = gl.convert_layout(p.to(Q.dtype.element_ty), weight_layout)
         acc = gl.zeros([64, DIM], gl.float32, layout=mma_o)
@@ -183,9 +202,22 @@ def forward_rows(
         slot = await_tile(v_ready, done + count - 1)
         if begin + count * KEYS > num_keys:
             clear_rows(values.index(slot), begin + (count - 1) * KEYS, num_keys, wide)
-        acc = warpgroup_mma(weights, values.index(slot), acc)
-        mbarrier.arrive(v_empty.index(slot), count=1)
+        adding = warpgroup_mma(weights, values.index(slot), acc, is_async=True)
         done += count
+        more = index + step < num_units
+        next_valid = (next_start + wide_rows // GROUP < next_queries) & (wide_rows < QUERIES * GROUP) & more
+        at = row_pointers(Q + next_head * GROUP * stride_qh, next_row, stride_q, stride_qh, wide_rows, GROUP)
+        next_q = gl.load(at[:, None] + dims, mask=next_valid[:, None], other=0.0)
+        if WARP_GROUP == 0:  # noqa: SIM102 (one is known when compiled, the other is not)
+            if more:
+                fill_first(common, done, next_head, next_first_key, next_keys, next_first, next_last, STRIDE, OFFSET, WINDOW)
+        valid = (start + wide_rows // GROUP < num_queries) & (wide_rows < QUERIES * GROUP)
+        out_at = row_pointers(Out + group * stride_oh, row, stride_o, stride_oh, wide_rows, GROUP)[:, None] + dims
+        if ACCUMULATE:
+            before = gl.load(out_at, mask=valid[:, None], other=0.0)
+        gate = gl.load(row_pointers(Gate + group * stride_gh, row, stride_g, stride_gh, wide_rows, GROUP), mask=valid, other=0.0)
+        acc = warpgroup_mma_wait(0, deps=[adding])
+        mbarrier.arrive(v_empty.index(slot), count=1)
 
         some = row_sum > 0
         total = gl.where(some, row_sum, 1.0)
@@ -196,12 +228,16 @@ def forward_rows(
         if KEEP:
             at = row_pointers(Branch + group * stride_bh, row, stride_b, stride_bh, wide_rows, GROUP)
             gl.store(at[:, None] + dims, result.to(Branch.dtype.element_ty), mask=valid[:, None])
-        gate = gl.load(row_pointers(Gate + group * stride_gh, row, stride_g, stride_gh, wide_rows, GROUP), mask=valid, other=0.0)
         result = result * gate.to(gl.float32)[:, None]
-        at = row_pointers(Out + group * stride_oh, row, stride_o, stride_oh, wide_rows, GROUP)[:, None] + dims
         if ACCUMULATE:
-            result += gl.load(at, mask=valid[:, None], other=0.0).to(gl.float32)
-        gl.store(at, result.to(Out.dtype.element_ty), mask=valid[:, None])
+            result += before.to(gl.float32)
+        gl.store(out_at, result.to(Out.dtype.element_ty), mask=valid[:, None])
+        gl.thread_barrier()
+        query_tile.store(next_q)
+        fence_async_shared()
+        gl.thread_barrier()
+        head, start, row, first_key = next_head, next_start, next_row, next_first_key
+        num_queries, num_keys, first, last = next_queries, next_keys, next_first, next_last
 
 
 @gluon.jit(do_not_specialize=["num_tiles"])

@@ -63,6 +63,20 @@ def row_weights(scores, shift, scale, key, bounds, keys, positions, STRIDE: gl.c
 
 
 @gluon.jit
+def fill_first_pairs(common, done, head, first_key, num_keys, first, last, STRIDE: gl.constexpr, OFFSET: gl.constexpr, WINDOW: gl.constexpr):
+    """Starts the copies of the first tiles of K and V for queries at positions first … last, after `done` others."""
+    descs, buffers, _, ready, empty, _tensors, _tables, strides, _score_scale, _scale, _num_tiles, _num_heads = common
+    keys, _ = buffers
+    stages: gl.constexpr = keys.type.shape[0]
+    width: gl.constexpr = keys.type.shape[1]
+    begin, _, _, end = key_range(first, last, num_keys, STRIDE, OFFSET, WINDOW)
+    key_row, count = first_key + begin, gl.maximum(gl.cdiv(end - begin, width), 1)
+    for i in gl.static_range(stages - 1):
+        if i < count:
+            fill_pair(descs, buffers, ready, empty, done + i, key_row + i * width, (head * strides[2], head * strides[3]))
+
+
+@gluon.jit
 def dq_rows(
     common,
     WARP_GROUP: gl.constexpr, GROUP: gl.constexpr, STRIDE: gl.constexpr, OFFSET: gl.constexpr, WINDOW: gl.constexpr, ACCUMULATE: gl.constexpr,
@@ -90,24 +104,25 @@ def dq_rows(
     columns = gl.arange(0, KEYS, layout=gl.SliceLayout(0, mma_s))
     dims = gl.arange(0, DIM, layout=gl.SliceLayout(0, wide))[None, :]
     zeros = gl.zeros([64, KEYS], gl.float32, layout=mma_s)
+    num_units, step = num_tiles * num_heads, gl.num_programs(0)
+    head, start, row, first_key, num_queries, num_keys, first, last = place_of(gl.program_id(0), num_heads, tables, QUERIES)
+    if WARP_GROUP == 0:
+        fill_first_pairs(common, 0, head, first_key, num_keys, first, last, STRIDE, OFFSET, WINDOW)
+    valid = ((start + wide_rows // GROUP < num_queries) & (wide_rows < QUERIES * GROUP))[:, None]
+    first_at = row_pointers(Q + head * GROUP * stride_qh, row, stride_q, stride_qh, wide_rows, GROUP)
+    query_tile.store(gl.load(first_at[:, None] + dims, mask=valid, other=0.0))
+    first_at = row_pointers(DOut + head * GROUP * stride_doh, row, stride_do, stride_doh, wide_rows, GROUP)
+    d_out_tile.store(gl.load(first_at[:, None] + dims, mask=valid, other=0.0))
+    fence_async_shared()
+    gl.thread_barrier()
     done = 0
-    for index in range(gl.program_id(0), num_tiles * num_heads, gl.num_programs(0)):
-        head, start, row, first_key, num_queries, num_keys, first, last = place_of(index, num_heads, tables, QUERIES)
+    for index in range(gl.program_id(0), num_units, step):
+        next_head, next_start, next_row, next_first_key, next_queries, next_keys, next_first, next_last = place_of(
+            gl.minimum(index + step, num_units - 1), num_heads, tables, QUERIES
+        )
         begin, all_begin, all_end, end = key_range(first, last, num_keys, STRIDE, OFFSET, WINDOW)
         count = gl.maximum(gl.cdiv(end - begin, KEYS), 1)
         key_row, group, places = first_key + begin, head * GROUP, (head * stride_kh, head * stride_vh)
-        if WARP_GROUP == 0:
-            for i in gl.static_range(STAGES - 1):
-                if i < count:
-                    fill_pair(descs, buffers, ready, empty, done + i, key_row + i * KEYS, places)
-        valid = ((start + wide_rows // GROUP < num_queries) & (wide_rows < QUERIES * GROUP))[:, None]
-        at = row_pointers(Q + group * stride_qh, row, stride_q, stride_qh, wide_rows, GROUP)
-        query_tile.store(gl.load(at[:, None] + dims, mask=valid, other=0.0))
-        at = row_pointers(DOut + group * stride_doh, row, stride_do, stride_doh, wide_rows, GROUP)
-        d_out_tile.store(gl.load(at[:, None] + dims, mask=valid, other=0.0))
-        fence_async_shared()
-        gl.thread_barrier()
-
         known = (start + rows // GROUP < num_queries) & (rows < QUERIES * GROUP)
         gate = gl.load(row_pointers(Gate + group * stride_gh, row, stride_g, stride_gh, rows, GROUP), mask=known, other=0.0).to(gl.float32)
         lse = gl.load(row_pointers(Lse + group * stride_lh, row, stride_l, stride_lh, rows, GROUP), mask=known, other=0.0)
@@ -143,9 +158,20 @@ def dq_rows(
         d_p = warpgroup_mma_wait(0, deps=[d_p])
         d_scores = gl.convert_layout((p * (d_p - delta[:, None])).to(Q.dtype.element_ty), weight_layout)
         before = (done + count - 1) % STAGES
-        acc = warpgroup_mma(d_scores, keys.index(before), acc)
-        mbarrier.arrive(empty.index(before), count=1)
+        adding = warpgroup_mma(d_scores, keys.index(before), acc, is_async=True)
         done += count
+        more = index + step < num_units
+        next_valid = ((next_start + wide_rows // GROUP < next_queries) & (wide_rows < QUERIES * GROUP) & more)[:, None]
+        at = row_pointers(Q + next_head * GROUP * stride_qh, next_row, stride_q, stride_qh, wide_rows, GROUP)
+        next_q = gl.load(at[:, None] + dims, mask=next_valid, other=0.0)
+        at = row_pointers(DOut + next_head * GROUP * stride_doh, next_row, stride_do, stride_doh, wide_rows, GROUP)
+        next_d_out = gl.load(at[:, None] + dims, mask=next_valid, other=0.0)
+        if WARP_GROUP == 0:  # noqa: SIM102 (one is known when compiled, the other is not)
+            if more:
+                fill_first_pairs(common, done, next_head, next_first_key, next_keys, next_first, next_last, STRIDE, OFFSET, WINDOW)
+        acc = warpgroup_mma_wait(0, deps=[adding])
+        mbarrier.arrive(empty.index(before), count=1)
+        valid = ((start + wide_rows // GROUP < num_queries) & (wide_rows < QUERIES * GROUP))[:, None]
 
         result = gl.convert_layout(acc * scale, wide)
         if ACCUMULATE:
@@ -154,6 +180,13 @@ def dq_rows(
             )
         at = row_pointers(DQ + group * stride_dqh, row, stride_dq, stride_dqh, wide_rows, GROUP)
         gl.store(at[:, None] + dims, result.to(DQ.dtype.element_ty), mask=valid)
+        gl.thread_barrier()
+        query_tile.store(next_q)
+        d_out_tile.store(next_d_out)
+        fence_async_shared()
+        gl.thread_barrier()
+        head, start, row, first_key = next_head, next_start, next_row, next_first_key
+        num_queries, num_keys, first, last = next_queries, next_keys, next_first, next_last
 
 
 @gluon.jit(do_not_specialize=["num_tiles"])
