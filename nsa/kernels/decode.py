@@ -63,13 +63,15 @@ def decode_tiles(q: torch.Tensor, cache: LayerCache, capacity: int, config: Spar
     heads, group = cache.num_kv_heads, num_heads // cache.num_kv_heads
     row_bytes = padded(max(cache.key_dim, cache.value_dim)) * cache.cmp.element_size()
     per_block = config.select_block_size // config.compress_stride
-    rows = min(padded(num_new * group), max(16, 32768 // row_bytes), 128)
+    # fp32 products have no tensor cores: more rows, or a loop over leaves, and the compiler spills thousands of bytes a thread.
+    exact = q.dtype == torch.float32
+    rows = 16 if exact else min(padded(num_new * group), max(16, 32768 // row_bytes), 128)
     leaf = max(min(128 if rows < 128 else 64, max(16, 32768 // row_bytes)), triton.next_power_of_2(per_block))
     block_tile = min(padded(config.select_block_size), 64, max(16, 32768 // row_bytes))
     leaves = -(-num_blocks(capacity, config) // (leaf // triton.next_power_of_2(per_block)))
     compression = batch * heads * -(-num_new * group // rows) * leaves
     blocks = batch * num_new * heads * sum(block_leaf_counts(config, block_tile))
-    sizes = (1,) if num_new * group <= FEW_ROWS else (4, 2, 1)
+    sizes = (1,) if exact or num_new * group <= FEW_ROWS else (4, 2, 1)
     count = num_blocks(capacity, config)
     chunk = 128 if count <= 4096 else 512
     return DecodeTiles(
