@@ -287,9 +287,12 @@ class Arithmetic:
         if token.kind == "num" and token.value is not None:
             return Number(token.value)
         if token.kind == "name":
-            if token.text in _UNKNOWN_FUNCTIONS and self._at("open", "("):
+            name = token.text
+            if name in _UNKNOWN_FUNCTIONS and [self._peek(ahead).text for ahead in range(6)] == ["^", "{", "-", "1", "}", "("]:
+                name, self.index = f"{name}^-1", self.index + 5
+            if name[0] in _UNKNOWN_FUNCTIONS and self._at("open", "("):
                 group = self._bracket(self._take().text)
-                return Call(token.text, group.items if isinstance(group, Collection) else (group,))
+                return Call(name, group.items if isinstance(group, Collection) else (group,))
             return Symbol(token.text)
         if token.kind == "const":
             return EMPTY_SET if token.text == "∅" else Symbol(token.text)
@@ -373,6 +376,8 @@ class Arithmetic:
             arguments = group.items if isinstance(group, Collection) else (group,)
         else:
             arguments = (self._bare_argument(),)
+        if not arguments:
+            raise SyntaxFault("a function of nothing")
         if name == "lg":
             name, base = "log", Number(Fraction(10))
         if name == "log" and base is not None:

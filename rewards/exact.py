@@ -20,6 +20,8 @@ _POINTS = 5
 _local = threading.local()
 _CONSTANTS = frozenset({"π", "e", "i", "∞", "°", "ℝ", "ℤ", "ℚ", "ℕ", "ℂ"})
 MAX_FACTORIAL = 6_000
+_MAX_GAMMA = 40
+"""Arguments of factorials and binomials that are no whole numbers: beyond, their values need thousands of digits, and seconds."""
 
 
 def symbols(node: Node) -> frozenset[str]:
@@ -179,7 +181,12 @@ class Numeric:
         self.branch = False
 
     def value(self, node: Node) -> Any:
-        result = self._value(node)
+        try:
+            result = self._value(node)
+        except (Undefined, TooLarge):
+            raise
+        except (ArithmeticError, ValueError) as error:  # mpmath's way to say that there is a pole, or no convergence
+            raise Undefined(type(error).__name__) from error
         if not self.context.isfinite(result):
             raise Undefined("not finite")
         if result:
@@ -266,11 +273,11 @@ class Numeric:
                 return mp.log(first) / mp.log(arguments[1])
             return mp.log(first) if name == "ln" or symbols(node) else mp.log10(first)
         if name == "factorial":
-            if abs(first) > 200:
+            if abs(first) > _MAX_GAMMA:
                 raise TooLarge("factorial")
             return mp.gamma(first + 1)
         if name == "binom" and len(arguments) == 2:
-            if max(abs(value) for value in arguments) > 200:
+            if max(abs(value) for value in arguments) > _MAX_GAMMA:
                 raise TooLarge("binomial")
             return mp.binomial(*arguments)
         if name == "conj" and not symbols(node):
@@ -386,7 +393,7 @@ def sign(node: Node) -> int | None:
             context = _context()
             if context.im(number) != 0:
                 return None
-            return 0 if abs(number) < context.mpf(10) ** -40 else 1 if number > 0 else -1
+            return 0 if abs(number) < context.mpf(10) ** -40 else 1 if context.re(number) > 0 else -1
         return (value > 0) - (value < 0)
     except (Undefined, TooLarge):
         return None

@@ -24,6 +24,7 @@ _CLEAN = [
     (re.compile(r"\^\s*\{?\s*(?:\\circ|\\degree|°)\s*\}?"), "°"),
     (re.compile(r"°\s*(?:\\(?:text|mathrm)\s*\{\s*[CF]\s*\}|[CF]\b)"), "°"),
     (re.compile(r"\{([-+=,])\}"), r"\1"),
+    (re.compile(r"\\not\s*="), r"\\ne "),
     (re.compile(r"^(?:hence|thus|so|therefore|then|finally|consequently)\b[,:]?\s+(?=\S)", re.IGNORECASE), ""),
     (re.compile(r"\\(?:left|right)\s*\."), " "),
     (re.compile(r"\{:\}|\\colon"), ":"),

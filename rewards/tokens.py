@@ -188,7 +188,7 @@ class Tokenizer:
         lower = plain.lower()
         if lower in words.CONNECTIVES:
             self._emit("sep", lower, in_text=in_text)
-        elif not in_text and plain in FUNCTIONS:
+        elif not in_text and plain in FUNCTIONS and not (plain == "min" and self.out and self.out[-1].kind == "num"):  # 30 min
             self._emit("func", plain)
         elif plain in ("sqrt", "cbrt"):
             self._emit("cmd", plain)
@@ -201,7 +201,8 @@ class Tokenizer:
         elif plain == "U" and self.out and self.out[-1].text in ")]" and self.text[self.position :].lstrip()[:1] in ("(", "["):
             self._emit("set", "∪")
         elif len(plain) == 1:
-            self._emit("word" if in_text and not plain.isupper() else "name", plain, in_text=in_text)
+            unit = plain.isupper() and self.spaced and bool(self.out) and self.out[-1].kind == "num"  # 5 \text{N}
+            self._emit("word" if in_text and (unit or not plain.isupper()) else "name", plain, in_text=in_text)
         elif in_text or len(plain) > 3 or lower in words.SHORT_WORDS or lower in words.UNITS or (plain[0].isupper() and plain[1:].islower()):
             self._emit("word", plain, in_text=in_text)
         else:
@@ -304,6 +305,8 @@ class Tokenizer:
             self._emit("op", "%")
         elif name in "$":
             self._emit("money", "dollar")
+        elif name in ("pounds", "euro"):
+            self._emit("money", "sterling" if name == "pounds" else "euro")
         elif name in ("over", "choose"):
             self._emit("infix", name)
         elif name in _SHAPES:
