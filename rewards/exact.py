@@ -283,7 +283,7 @@ class Numeric:
         if name == "conj" and not symbols(node):
             return mp.conj(first)
         if name in ("max", "min") and all(mp.im(value) == 0 for value in arguments):
-            return max(arguments) if name == "max" else min(arguments)
+            return max(arguments, key=mp.re) if name == "max" else min(arguments, key=mp.re)
         # an unknown function: a value of its own for each argument
         key = name + "|" + "|".join(mp.nstr(value, 15) for value in arguments)
         return mp.mpf(_hashed(key)) / 1_000_003 + 1
