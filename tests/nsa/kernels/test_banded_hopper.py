@@ -8,7 +8,9 @@ that nothing ends is an error. It knows nothing of registers, layouts and fences
 
 import contextlib
 import itertools
+import random
 import threading
+import time
 import types
 from dataclasses import dataclass, field
 
@@ -143,7 +145,7 @@ class Machine:
         )  # fmt: skip
         mbarrier = types.SimpleNamespace(
             MBarrierLayout=lambda: "barriers", init=self.init, wait=lambda barrier, parity: barrier.wait(parity),
-            arrive=lambda barrier, count: barrier.update(count, 0), expect=lambda barrier, num_bytes: barrier.update(1, num_bytes),
+            arrive=self.arrive, expect=lambda barrier, num_bytes: barrier.update(1, num_bytes),
         )  # fmt: skip
         copies = types.SimpleNamespace(async_copy_global_to_shared=self.copy_now, commit_group=anything, wait_group=anything)
         return {
@@ -167,6 +169,11 @@ class Machine:
 
     def init(self, barrier, count):
         barrier.count = count
+
+    def arrive(self, barrier, count):
+        """Then the other warp group runs ahead for a while, or this one does."""
+        barrier.update(count, 0)
+        time.sleep(0.003 * random.random())
 
     def copy_now(self, target, pointer):
         target.store(self.load(pointer))
@@ -314,6 +321,14 @@ def compare_both_ways(monkeypatch, kind, config, query_lengths, key_lengths, hea
 )
 def test_agree_with_the_triton_kernels(monkeypatch, kind, lengths, heads, group, dim):
     compare_both_ways(monkeypatch, kind, NARROW, lengths, lengths, heads, group, dim)
+
+
+@pytest.mark.parametrize(("kind", "length"), [("compression", 700), ("window", 420)])
+def test_many_tiles_go_round_the_rings(monkeypatch, kind, length):
+    config = SparsityConfig(
+        compress_block_size=4, compress_stride=2, select_block_size=8, num_selected_blocks=4, window_size=330, compressor="mean"
+    )  # fmt: skip
+    compare_both_ways(monkeypatch, kind, config, [length, 1], [length, 1], 1, 1, 64)
 
 
 @pytest.mark.parametrize("kind", ["compression", "window"])
