@@ -382,6 +382,11 @@ def rough_value(node: Node) -> complex | None:
     return complex(value)
 
 
+def near(left: complex | None, right: complex | None) -> bool:
+    """Whether two rough values leave it open that their trees are equal."""
+    return left is None or right is None or abs(left - right) <= 1e-9 * max(abs(left), abs(right))
+
+
 def sign(node: Node) -> int | None:
     """−1, 0, 1 of a real constant; None where it is no real constant."""
     try:

@@ -30,6 +30,7 @@ _MATH = re.compile(r"\$\$(.{1,2000}?)\$\$|\$([^$]{1,2000})\$|\\\((.{1,2000}?)\\\
 _JOIN = re.compile(
     r"(?:\s|[,;$.]|[a-z](?:_\{?\d\}?)? ?=|\\[,;: ]|\\q?quad|\\\(|\\\)|\\text\{|\}|\band\b|\bor\b|for part \([a-z]\)|\\\[|\\\])*", re.IGNORECASE
 )
+_BOX = re.compile(r"\\(?:boxed|fbox)\s*(?:\{|\s(\w+))")
 _LIST_JOIN = re.compile(r"\s*(?:,|;|,?\s*\b(?:and|or)\b)\s*", re.IGNORECASE)
 
 
@@ -80,8 +81,12 @@ def boxes(text: str) -> list[tuple[int, int, str]]:
     r"""(start, end, content) of every closed top-level \boxed{…} or \fbox{…}; at most the last 64."""
     found = []
     end = 0
-    for match in list(re.finditer(r"\\(?:boxed|fbox)\s*(?:\{|\s(\w+))", text))[-64:]:
-        if match.start() < end:
+    starts, place = [], len(text)
+    while len(starts) < 64 and (place := max(text.rfind("\\boxed", 0, place), text.rfind("\\fbox", 0, place))) >= 0:
+        starts.append(place)
+    for start in reversed(starts):
+        match = _BOX.match(text, start)
+        if match is None or start < end:
             continue
         if match.group(1):
             found.append((match.start(), match.end(), match.group(1)))

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 
 from rewards import extract
-from rewards.exact import children, exact, is_scalar, scalars_equal, symbols
+from rewards.exact import children, exact, is_scalar, near, rough_value, scalars_equal, symbols
 from rewards.reading import parse_span
 from rewards.realset import infinite, pieces_of, real_set, sets_equal
 from rewards.tree import (
@@ -353,11 +353,18 @@ def _named_values(node: Collection) -> tuple[Node, ...] | None:
 
 def _distinct(items: Sequence[Node]) -> list[Node]:
     """Items less repetitions of an earlier one."""
-    kept: list[Node] = []
+    kept: list[tuple[Node, complex | None]] = []
     for item in items:
-        if not any(_equal(item, other) for other in kept):
-            kept.append(item)
-    return kept
+        rough = _rough(item)
+        if not any(near(rough, other_rough) and _equal(item, other) for other, other_rough in kept):
+            kept.append((item, rough))
+    return [item for item, _ in kept]
+
+
+def _rough(node: Node) -> complex | None:
+    """A value that tells numbers apart at once, None where there is none."""
+    value = node.value if isinstance(node, Quantity) else node
+    return rough_value(value) if is_scalar(value) else None
 
 
 def _label_root(node: Node) -> object:
@@ -367,10 +374,11 @@ def _label_root(node: Node) -> object:
 
 def _same_items(left: Sequence[Node], right: Sequence[Node]) -> bool:
     """Equality as multisets."""
-    rest = list(right)
+    rest = [(other, _rough(other)) for other in right] if len(right) > 3 else [(other, None) for other in right]
     for item in left:
-        for index, other in enumerate(rest):
-            if _equal(item, other):
+        rough = _rough(item) if len(right) > 3 else None
+        for index, (other, other_rough) in enumerate(rest):
+            if near(rough, other_rough) and _equal(item, other):
                 del rest[index]
                 break
         else:

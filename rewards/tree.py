@@ -11,7 +11,7 @@ from fractions import Fraction
 
 MAX_TEXT = 10_000
 """Characters of an answer span; anything longer is no answer."""
-MAX_TOKENS = 2_000
+MAX_TOKENS = 1_000
 MAX_DEPTH = 60
 MAX_SUFFIXES = 8
 """Marks after one value: `!`, `%`, `°`."""

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from rewards import extract
-from rewards.exact import is_scalar, rough_value
+from rewards.exact import is_scalar, near, rough_value
 from rewards.math_equal import is_label, spans_equal
 from rewards.reading import parse_span
 from rewards.tree import MAX_TEXT, Node, Quantity, Relation
@@ -26,7 +26,7 @@ class _Class:
         self.texts = [first]
 
     def holds(self, text: str, rough: complex | None) -> bool:
-        return _near(self.rough, rough) and spans_equal(self.first, text)
+        return near(self.rough, rough) and spans_equal(self.first, text)
 
 
 def cluster(answers: Sequence[str | None]) -> list[int]:
@@ -69,7 +69,3 @@ def _rough(node: Node | None) -> complex | None:
     while isinstance(node, Quantity):
         node = node.value
     return rough_value(node) if node is not None and is_scalar(node) else None
-
-
-def _near(left: complex | None, right: complex | None) -> bool:
-    return left is None or right is None or abs(left - right) <= 1e-9 * max(abs(left), abs(right))

@@ -267,19 +267,21 @@ BOMBS = [
     r"[1,2]\cup" * 100 + "[3,4]",
     r" \text{or} ".join(f"x<{number}" for number in range(300)),
     ",".join(rf"\sqrt{{{number}}}" for number in range(150)),
+    ",".join(f"x_{number}" for number in range(190)),
+    "*".join(rf"\sin({number}x)" for number in range(200)),
 ]
 
 
 @pytest.mark.parametrize("bomb", BOMBS, ids=lambda bomb: repr(bomb[:20]))
 def test_a_bomb_is_answered_quickly_and_equals_nothing_else(bomb: str, tmp_path) -> None:
     bomb = bomb.replace("{}", str(tmp_path / "executed"))
-    start = time.perf_counter()
-    for other in ("5", r"\sqrt{2}", "x+1"):
+    start = time.process_time()
+    for other in ("5", r"\sqrt{2}", "x+1", "1,2,3"):
         assert not equivalent(other, bomb)
         assert not equivalent(bomb, other)
     parse(bomb)
     equivalent(bomb, bomb + " ")
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 1  # ten checks
     assert not (tmp_path / "executed").exists()
 
 
