@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 Backend = Literal["auto", "reference", "torch", "triton"]
 KeyValue = tuple[torch.Tensor, torch.Tensor]
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 RECOMPUTE = -2
 """First entry of a selection row that is to be computed anew."""
 
@@ -118,7 +119,7 @@ def _check(q: torch.Tensor, kv: BranchKV, gates: torch.Tensor, phi: Phi | None, 
 @lru_cache
 def _kernels_run(device: torch.device) -> bool:
     """Whether `auto` takes the kernels on a device."""
-    return device.type == "cuda" and importlib.util.find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cuda" and HAS_TRITON and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def resolve_backend(backend: str, device: torch.device) -> str:
@@ -134,7 +135,7 @@ def resolve_backend(backend: str, device: torch.device) -> str:
     if backend != "triton":
         return backend
     missing = None
-    if importlib.util.find_spec("triton") is None:
+    if not HAS_TRITON:
         missing = "the package triton is not installed"
     elif device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         missing = f"the kernels need a CUDA GPU, got tensors on {device.type} (TRITON_INTERPRET=1 runs them in Triton's interpreter)"
@@ -208,13 +209,15 @@ def nsa_attention(
     _check(q, kv, gates, phi, config)
     if selection is not None and selection.shape != (q.shape[0], kv.slc[0].shape[1], config.num_selected_blocks):
         raise ValueError(f"selection must be {(q.shape[0], kv.slc[0].shape[1], config.num_selected_blocks)}, got {tuple(selection.shape)}")
-    name = resolve_backend(backend, q.device)
+    ends = cu_seqlens if isinstance(cu_seqlens, torch.Tensor) else None
+    plan = None if isinstance(cu_seqlens, torch.Tensor) else cu_seqlens
+    name = resolve_backend(backend, q.device) if plan is None or backend == "reference" else "torch" if isinstance(plan, Packing) else "triton"
     _check_dtype(name, q.dtype)
     factor = q.shape[-1] ** -0.5 if scale is None else scale
     if name == "reference":
         from nsa.reference import reference_attention
 
-        if cu_seqlens is not None and not isinstance(cu_seqlens, torch.Tensor):
+        if plan is not None:
             raise ValueError("the reference backend takes cu_seqlens, not a plan")
         return reference_attention(
             q,
@@ -222,18 +225,16 @@ def nsa_attention(
             gates,
             phi=phi,
             config=config,
-            cu_seqlens=cu_seqlens,
+            cu_seqlens=ends,
             cu_seqlens_k=cu_seqlens_k,
             selection=selection,
             return_selection=return_selection,
             scale=factor,
         )
-    if cu_seqlens is None or isinstance(cu_seqlens, torch.Tensor):
-        ends = torch.tensor([0, q.shape[0]]) if cu_seqlens is None else cu_seqlens
-        key_ends = torch.tensor([0, kv.slc[0].shape[0]]) if cu_seqlens is None and cu_seqlens_k is None else cu_seqlens_k
+    if plan is None:
+        key_ends = torch.tensor([0, kv.slc[0].shape[0]]) if ends is None and cu_seqlens_k is None else cu_seqlens_k
+        ends = torch.tensor([0, q.shape[0]]) if ends is None else ends
         plan = plan_batch(ends, key_ends, config=config, num_heads=q.shape[1], device=q.device, backend=name)
-    else:
-        plan = cu_seqlens
     if isinstance(plan, Packing):
         from nsa.torch_backend import packed_attention
 
