@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 
+from nsa import attention
 from nsa.attention import nsa_attention, plan_batch, resolve_backend
 from nsa.config import SparsityConfig
 from nsa.kernels.tiles import KernelPlan
@@ -142,3 +143,22 @@ def test_runs_are_bit_equal_alone_and_beside_others() -> None:
     out, selection = nsa_attention(alone.q[:1200], kv, alone.gates[:1200], phi=alone.phi, config=PAPER, return_selection=True, backend="triton")
     assert torch.equal(out, first[0][:1200])
     assert torch.equal(selection, first[1][:1200])
+
+
+def test_fp64_is_refused_in_one_line_and_a_plan_decides_the_backend() -> None:
+    inputs = make_inputs(CONFIG, lengths=[20], num_kv_heads=1, dtype=torch.float64).to(device=DEVICE, requires_grad=False)
+    with pytest.raises(ValueError, match=r"backend 'triton' takes bfloat16, float16, float32, got q in torch.float64; use 'torch'$"):
+        nsa_attention(inputs.q, inputs.kv, inputs.gates, **inputs.options, backend="triton")
+    plan = plan_batch(cumulative([20]), None, config=CONFIG, num_heads=inputs.q.shape[1], device=torch.device(DEVICE), backend="torch")
+    out = nsa_attention(inputs.q, inputs.kv, inputs.gates, **(inputs.options | {"cu_seqlens": plan}), backend="triton")
+    assert isinstance(out, torch.Tensor)
+    assert out.dtype == torch.float64
+
+
+def test_auto_takes_the_kernels_on_a_gpu_with_bf16_and_torch_elsewhere(monkeypatch) -> None:
+    assert resolve_backend("auto", torch.device("cpu")) == "torch"
+    for capability, name in (((9, 0), "triton"), ((7, 5), "torch")):
+        attention._kernels_run.cache_clear()
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
+        assert resolve_backend("auto", torch.device("cuda", 0)) == name
+    attention._kernels_run.cache_clear()
