@@ -27,7 +27,7 @@ import triton
 
 from nsa.config import SparsityConfig
 from nsa.kernels.banded_kernels import MAX_CHUNKS, add_chunks_kernel, dkdv_kernel, dq_kernel, forward_kernel
-from nsa.kernels.launch import LOG2_E, dot_precision, padded
+from nsa.kernels.launch import LOG2_E, dot_precision, launch, padded
 from nsa.kernels.tiles import KernelPlan
 
 Kernel = Literal["forward", "dq", "dkdv"]
@@ -136,8 +136,8 @@ def tile_settings(kernel: Kernel, q: torch.Tensor, k: torch.Tensor, v: torch.Ten
         narrow = band.kind == "window" and rest <= blocks.keys // 2
         constants["BORDER"] = padded(rest) if narrow else blocks.keys
     constants["PRECISION"] = dot_precision()
-    launch = {"num_warps": blocks.warps, "num_stages": blocks.stages}
-    return launch if blocks.registers is None else launch | {"maxnreg": blocks.registers}, constants
+    options = {"num_warps": blocks.warps, "num_stages": blocks.stages}
+    return options if blocks.registers is None else options | {"maxnreg": blocks.registers}, constants
 
 
 def banded_forward(
@@ -165,14 +165,15 @@ def banded_forward(
         tables = (band.plan.query_tiles(banded_hopper.ROWS // (q.shape[1] // k.shape[1])), *band.ends)
         banded_hopper.forward(q, k, v, gate, out, branch, lse, tables, band.geometry, scale=scale * LOG2_E, accumulate=accumulate)
         return branch, lse
-    launch, constants = tile_settings("forward", q, k, v, band)
+    options, constants = tile_settings("forward", q, k, v, band)
     tiles = band.plan.query_tiles(int(constants["QUERIES"]))
     if tiles.shape[0]:
         kept = out if branch is None else branch
-        forward_kernel[(tiles.shape[0], k.shape[1])](
+        launch(
+            forward_kernel, (tiles.shape[0], k.shape[1]),
             q, k, v, gate, out, kept, lse, tiles, *band.ends,
             *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *gate.stride(), *out.stride()[:2], *kept.stride()[:2], lse.stride(0), scale * LOG2_E,
-            ACCUMULATE=accumulate, KEEP=keep, **constants, **launch,
+            ACCUMULATE=accumulate, KEEP=keep, **constants, **options,
         )  # fmt: skip
     return branch, lse
 
@@ -206,7 +207,8 @@ def banded_backward(
     if num_chunks > 1:
         tiles = band.key_tiles(size)
         for part, total in zip(parts, (d_key, d_value), strict=True):
-            add_chunks_kernel[(tiles.shape[0], num_heads)](
+            launch(
+                add_chunks_kernel, (tiles.shape[0], num_heads),
                 part, total, tiles, *band.ends, part.stride(1), part.stride(2), part.stride(0), *total.stride()[:2], num_chunks,
                 DIM=total.shape[2], WIDTH=padded(total.shape[2]), **band.geometry, QUERIES=1, KEYS=size, SPLIT=MIN_CHUNK, num_warps=8,
             )  # fmt: skip
@@ -225,15 +227,16 @@ def write_dq(
         tables = (band.plan.query_tiles(banded_hopper.ROWS // group), *band.ends)
         banded_hopper_backward.dq(d_out, q, k, v, lse, delta, gate, dq, before, stats, tables, band.geometry, scale=scale)
         return
-    launch, constants = tile_settings("dq", q, k, v, band)
+    options, constants = tile_settings("dq", q, k, v, band)
     tiles = band.plan.query_tiles(int(constants["QUERIES"]))
     added = dq if before is None else before
     if tiles.shape[0]:
-        dq_kernel[(tiles.shape[0], num_heads)](
+        launch(
+            dq_kernel, (tiles.shape[0], num_heads),
             q, k, v, d_out, gate, lse, delta, dq, added, stats, tiles, *band.ends,
             *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *d_out.stride()[:2], *gate.stride(), *lse.stride(), *delta.stride(),
             *dq.stride()[:2], *added.stride()[:2], *stats.stride()[:2], scale * LOG2_E, scale,
-            ACCUMULATE=before is not None, **constants, **launch,
+            ACCUMULATE=before is not None, **constants, **options,
         )  # fmt: skip
 
 
@@ -252,13 +255,14 @@ def write_parts(
             tables = (band.key_tiles(size), *band.ends)
             banded_hopper_backward.dkdv(d_out, q, k, v, stats, parts, tables, band.geometry, scale=scale, split=split)
             return size
-    launch, constants = tile_settings("dkdv", q, k, v, band)
+    options, constants = tile_settings("dkdv", q, k, v, band)
     size = int(constants["KEYS"])
     tiles = band.key_tiles(size)
-    dkdv_kernel[(tiles.shape[0], num_heads, num_chunks)](
+    launch(
+        dkdv_kernel, (tiles.shape[0], num_heads, num_chunks),
         q, k, v, d_out, stats, *parts, tiles, *band.ends,
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *d_out.stride()[:2], *stats.stride()[:2],
         *(step for part in parts for step in (part.stride(1), part.stride(2), part.stride(0))), scale * LOG2_E, scale,
-        SPLIT=split, **constants, **launch,
+        SPLIT=split, **constants, **options,
     )  # fmt: skip
     return size

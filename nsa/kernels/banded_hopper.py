@@ -19,6 +19,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from nsa.kernels.launch import launch
+
 ROWS = 128
 """Rows (queries × heads of a KV head) of a tile, half of them in each warp group."""
 
@@ -329,7 +331,8 @@ def forward(
     num_tiles, kept = tables[0].shape[0], out if branch is None else branch
     keys, stages = forward_ring(geometry["WINDOW"] > 0)
     strides = (*q.stride()[:2], k.stride(1), v.stride(1), *gate.stride(), *out.stride()[:2], *kept.stride()[:2], lse.stride(0))
-    forward_kernel[(min(num_tiles * num_heads, num_processors(q.device)),)](
+    launch(
+        forward_kernel, (min(num_tiles * num_heads, num_processors(q.device)),),
         key_descriptor(k, keys), key_descriptor(v, keys), (q, gate, out, kept, lse), tables, strides, scale, num_tiles, num_heads,
         GROUP=q.shape[1] // num_heads, **geometry, STAGES=stages, ACCUMULATE=accumulate, KEEP=branch is not None, num_warps=4,
     )  # fmt: skip

@@ -23,7 +23,7 @@ from nsa.kernels.banded_hopper import (
     visible,
 )
 from nsa.kernels.banded_kernels import MAX_CHUNKS
-from nsa.kernels.launch import LOG2_E
+from nsa.kernels.launch import LOG2_E, launch
 
 KEYS = 128
 """Keys of a tile of dk and dv, half of them in each warp group."""
@@ -421,7 +421,8 @@ def dq(
         *q.stride()[:2], k.stride(1), v.stride(1), *d_out.stride()[:2], *gate.stride(), *lse.stride(), *delta.stride(),
         *target.stride()[:2], *added.stride()[:2], *stats.stride()[:2],
     )  # fmt: skip
-    dq_kernel[(min(num_tiles * num_heads, num_processors(q.device)),)](
+    launch(
+        dq_kernel, (min(num_tiles * num_heads, num_processors(q.device)),),
         key_descriptor(k, 64), key_descriptor(v, 64), (q, d_out, gate, lse, delta, target, added, stats), tables, strides,
         scale * LOG2_E, scale, num_tiles, num_heads, GROUP=q.shape[1] // num_heads, **geometry, STAGES=3, ACCUMULATE=before is not None, num_warps=4,
     )  # fmt: skip
@@ -440,7 +441,8 @@ def dkdv(
         *stats.stride()[:2],
         *(step for part in parts for step in (part.stride(1), part.stride(2), part.stride(0))),
     )
-    dkdv_kernel[(tables[0].shape[0], num_heads, parts[0].shape[0])](
+    launch(
+        dkdv_kernel, (tables[0].shape[0], num_heads, parts[0].shape[0]),
         row_descriptor(q, group), row_descriptor(d_out, group), (k, v, stats, *parts), tables, strides, scale * LOG2_E, scale,
         GROUP=group, **geometry, STAGES=3, SPLIT=split, num_warps=4,
     )  # fmt: skip

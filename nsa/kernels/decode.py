@@ -29,7 +29,7 @@ from nsa.attention import LayerCache
 from nsa.blocks import num_blocks, selection_dtype
 from nsa.config import SparsityConfig
 from nsa.kernels.decode_kernels import blocks_kernel, combine_kernel, first_kernel, score_kernel
-from nsa.kernels.launch import LOG2_E, dot_precision, padded
+from nsa.kernels.launch import LOG2_E, dot_precision, launch, padded
 
 MIN_PROGRAMS = 512
 """A program of many rows takes several leaves where at least this many programs remain: four to each of an H100's SMs."""
@@ -149,7 +149,8 @@ def paged_decode(
     base2 = scale * LOG2_E
 
     row_tiles = -(-num_new * group // tiles.rows)
-    first_kernel[heads * (num_parts * row_tiles + num_new * (window_leaves // tiles.block_leaves)), batch](
+    launch(
+        first_kernel, (heads * (num_parts * row_tiles + num_new * (window_leaves // tiles.block_leaves)), batch),
         q, cache.cmp, cache.raw, block_table, seq_lens, *cmp_stats, leaf_edge, *cmp_parts, scores, *raw_partial, base2,
         *q.stride()[:3], *cache.cmp.stride()[:3], *cache.raw.stride()[:4], block_table.stride(0), num_leaves, num_parts, count,
         **common, **dims, **raw_dims, STRIDE=stride, FIRST=first, PER_BLOCK=per_block, PER_BLOCK2=per_block2, PER_PAGE=page_size // stride,
@@ -158,13 +159,15 @@ def paged_decode(
         num_warps=tiles.warps, num_stages=1, enable_fp_fusion=False,
     )  # fmt: skip
     if choose:
-        score_kernel[heads * num_chunks, num_new, batch](
+        launch(
+            score_kernel, (heads * num_chunks, num_new, batch),
             *cmp_stats, leaf_edge, scores, chunk_keys, candidates, given, seq_lens, *given.stride()[:3], num_leaves, num_chunks,
             **common, **after, GROUP2=triton.next_power_of_2(group), STRIDE=stride, FIRST=first, PER_BLOCK=per_block, GROUPS=groups, SIZE=size,
             NUM=num, NUM_INIT=config.num_init_blocks, NUM_LOCAL=config.num_local_blocks, CHUNK=tiles.chunk, GIVEN=selection is not None,
             num_warps=8, enable_fp_fusion=False,
         )  # fmt: skip
-    blocks_kernel[heads * (chosen_leaves // tiles.block_leaves), num_new, batch](
+    launch(
+        blocks_kernel, (heads * (chosen_leaves // tiles.block_leaves), num_new, batch),
         q, cache.raw, block_table, seq_lens, candidates, given, used, *raw_partial, base2,
         *q.stride()[:3], *cache.raw.stride()[:4], block_table.stride(0), *given.stride(), num_chunks, count, **common, **dims, **raw_dims, **after,
         NUM=num, NUM2=triton.next_power_of_2(num), CHUNK=tiles.chunk, CANDIDATES=triton.next_power_of_2(num_chunks * num),
@@ -173,7 +176,8 @@ def paged_decode(
     )  # fmt: skip
     # One warp adds up a program's part of a row; 32·32 numbers at a time leave it enough registers.
     columns = max(16, min(padded(value_dim), 32 * min(tiles.compression_leaves, tiles.block_leaves)))
-    combine_kernel[num_heads * -(-value_dim // columns), num_new, batch](
+    launch(
+        combine_kernel, (num_heads * -(-value_dim // columns), num_new, batch),
         *cmp_stats, *cmp_parts, *raw_partial, gates, seq_lens, out, *gates.stride(), num_leaves, num_parts,
         **common, **after, DV=value_dim, COLUMNS=columns, STRIDE=stride, SLOTS=groups * per_block, CHOSEN_LEAVES=chosen_leaves,
         ALL_LEAVES=all_leaves, CMP_LEAVES=tiles.compression_leaves, RAW_LEAVES=tiles.block_leaves,

@@ -234,7 +234,8 @@ def hopper_backward(
     numbers: tuple[int, ...], *, scale: float, chosen: int,
 ) -> None:  # fmt: skip
     """Launches the kernel: `tables` are its tensors from dk to key_ends, `numbers` its integers from num_kv_heads to last_range."""
-    hopper_backward_kernel[grid](
+    launch(
+        hopper_backward_kernel, grid,
         d_out, q, k, v, stats, *tables, *d_out.stride()[:2], *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], stats.shape[1], *numbers,
         scale, scale * LOG2_E, GROUP=q.shape[1] // k.shape[1], KEY_DIM=q.shape[2], VALUE_DIM=v.shape[2], CHOSEN=chosen, num_warps=4,
     )  # fmt: skip

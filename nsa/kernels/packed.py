@@ -23,6 +23,7 @@ from nsa.config import SparsityConfig
 from nsa.kernels.banded import Band, banded_backward, banded_forward
 from nsa.kernels.compress import compress
 from nsa.kernels.gating import gate_backward
+from nsa.kernels.launch import rehearse_once
 from nsa.kernels.scoring import choose_blocks
 from nsa.kernels.selected import selected_backward, selected_forward
 from nsa.kernels.tiles import KernelPlan
@@ -51,6 +52,24 @@ def attention_forward(
     plan: KernelPlan, scale: float, keep: bool, deterministic: bool,
 ) -> list[Tensor]:  # fmt: skip
     """Output `[T, Hq, Dv]` and the KEPT tensors (branch outputs empty unless `keep`). kc, vc: compressed tokens `[C, Hkv, …]`."""
+    tensors = (q, kc, vc, k_slc, v_slc, k_win, v_win, gates)
+
+    def rehearsal() -> None:
+        out, *kept = run_branches(*tensors, selection, plan, scale, keep, deterministic)
+        if keep:
+            attention_backward(out, *tensors, kept, plan, scale, deterministic)
+
+    lengths = (plan.num_queries.bit_length(), plan.max_key_length.bit_length(), plan.num_sequences > 1)
+    layout = tuple((x.dtype, *x.shape[1:]) for x in (q, k_slc, v_slc, gates))
+    rehearse_once((layout, lengths, plan.config, selection is None, keep, deterministic), q.device, rehearsal)
+    return run_branches(*tensors, selection, plan, scale, keep, deterministic)
+
+
+def run_branches(
+    q: Tensor, kc: Tensor, vc: Tensor, k_slc: Tensor, v_slc: Tensor, k_win: Tensor, v_win: Tensor, gates: Tensor, selection: Tensor | None,
+    plan: KernelPlan, scale: float, keep: bool, deterministic: bool,
+) -> list[Tensor]:  # fmt: skip
+    """`attention_forward` without the rehearsal."""
     config = plan.config
     out = q.new_empty(*q.shape[:2], v_slc.shape[2])
     gate = gates.unbind(-1)

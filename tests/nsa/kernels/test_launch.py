@@ -107,3 +107,38 @@ def test_other_arguments_and_unknown_versions_are_left_to_triton(function, monke
     for _ in range(2):
         launch(function, (4,), x, out, 33, 1.5, 7, OFFSET=3)
     assert function.searches == 4
+
+
+@pytest.fixture
+def loaded(monkeypatch):
+    """Kernels that a rehearsal brought to the device."""
+    found = []
+    monkeypatch.setattr(module, "rehearsed", set())
+    monkeypatch.setattr(module, "load", lambda kernel, device: found.append(kernel))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    return found
+
+
+def test_a_rehearsal_asks_for_every_kernel_once_and_launches_none(function, loaded):
+    x, out = torch.zeros(64), torch.zeros(64)
+
+    def work():
+        for _ in range(2):
+            launch(function, (4,), x, out, 33, 1.5, 7, OFFSET=3)
+
+    for kind in ("one", "one", "two"):
+        module.rehearse_once(kind, torch.device("cuda"), work)
+    assert function.searches == len(loaded) == 4 and not function.launches
+    module.rehearse_once("three", torch.device("cpu"), work)
+    assert function.searches == 4
+    work()
+    assert len(function.launches) == 1, "after a rehearsal kernels are launched again (the first by Triton itself)"
+
+
+def test_a_rehearsal_leaves_faults_of_the_host_code_to_the_caller(function, loaded):
+    def work():
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        module.rehearse_once("one", torch.device("cuda"), work)
+    assert module.rehearsal.get() is None

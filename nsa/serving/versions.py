@@ -1,0 +1,39 @@
+"""Everything that differs between the vLLM versions that the plugin runs under."""
+
+# pyright: reportMissingImports=false, reportMissingModuleSource=false
+from __future__ import annotations
+
+import logging
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from vllm.v1.kv_cache_interface import KVCacheSpec
+
+TESTED = ("0.25.1", "0.27.1")
+
+
+@lru_cache(maxsize=1)
+def warn_if_untested() -> None:
+    """One line in the log where this vLLM is not among those that the tests ran with."""
+    from vllm import __version__
+
+    version = __version__.split("+")[0]
+    if version not in TESTED:
+        logging.getLogger("vllm.nsa").warning("NSA's plugin is tested with vLLM %s; this is %s", ", ".join(TESTED), version)
+
+
+def raw_spec(*, page_size: int, num_kv_heads: int, dim: int, dtype: torch.dtype) -> KVCacheSpec:
+    """A cache of K and V, `[pages, 2, page, num_kv_heads, dim]`."""
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+    return FullAttentionSpec(block_size=page_size, num_kv_heads=num_kv_heads, head_size=dim, dtype=dtype)
+
+
+def side_spec(*, page_size: int, stride: int, num_kv_heads: int, dim: int, dtype: torch.dtype) -> KVCacheSpec:
+    """A cache with one vector a head for every `stride` tokens, `[pages, page/stride, num_kv_heads, dim]`, in the raw cache's group."""
+    from vllm.v1.kv_cache_interface import MLAAttentionSpec
+
+    return MLAAttentionSpec(block_size=page_size, num_kv_heads=num_kv_heads, head_size=dim, dtype=dtype, compress_ratio=stride)
