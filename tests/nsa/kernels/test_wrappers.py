@@ -99,4 +99,6 @@ def test_the_first_call_of_a_process_takes_less_than_20_seconds(layout: str, kin
     environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run(command, cwd=Path(__file__).parents[3], env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert float(done.stdout.splitlines()[-1]) <= 20
+    busy, clock = map(float, done.stdout.splitlines()[-2:])
+    print(f"{layout}, {kind}: {clock:.1f} s, {busy:.1f} processor seconds")
+    assert clock <= 20
