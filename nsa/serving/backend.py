@@ -1,0 +1,311 @@
+"""NSA inside vLLM: the caches' backends, the metadata of a step, and the operator that every layer calls.
+
+A layer keeps two caches in one KV group, hence under one block table: raw K and V, and compressed tokens, d times fewer.
+A compressed token is written when its last raw token is, into that token's page, so prefix caching, chunked prefill and
+preemption need no thought: a page depends only on the tokens up to its end. All new tokens of a step are written before
+any is attended to, because vLLM lets a request read pages that another one fills in the same step.
+
+Decodes come first in a batch. A step of decodes alone takes everything from the device and has shapes that depend on
+the batch's alone, so it can be a CUDA graph; a step with prefills uses the lengths on the host.
+
+Leaves out the model (model.py) and what differs between vLLM versions (versions.py).
+"""
+
+# pyright: reportMissingImports=false, reportMissingModuleSource=false
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import nn
+from vllm.config import get_current_vllm_config
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.utils.torch_utils import direct_register_custom_op
+from vllm.v1.attention.backend import AttentionBackend, AttentionCGSupport, AttentionMetadata, AttentionMetadataBuilder, CommonAttentionMetadata
+
+from nsa.attention import BranchKV, LayerCache, nsa_attention, nsa_decode, plan_batch
+from nsa.cache import CacheWrite, plan_write, read_tokens, write_layer
+from nsa.serving.plugin import ATTENTION_OP
+from nsa.serving.versions import raw_spec, side_spec
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheSpec
+
+    from nsa.attention import Phi
+    from nsa.config import NSAConfig, SparsityConfig
+    from nsa.kernels.tiles import KernelPlan
+    from nsa.packing import Packing
+
+GATHERED_KEYS = 2**17
+"""Cached tokens that one attention call of a prefill step copies out of the pages, at least one sequence's."""
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillPart:
+    """Neighbouring sequences of a step that are prefilled in one call: their rows among the step's tokens, the plan, and
+    the raw slots of all their keys (None where the new tokens are the whole sequences)."""
+
+    rows: slice
+    plan: Packing | KernelPlan
+    key_slots: torch.Tensor | None
+
+
+@dataclass(slots=True)
+class StepMetadata(AttentionMetadata):
+    """One step's batch, shared by all layers. The first `num_decodes` rows have one new token each (`seq_lens` 0: padding);
+    `write` is made on the device by the first layer of each pass (inside the CUDA graph, where there is one)."""
+
+    num_decodes: int
+    block_table: torch.Tensor
+    seq_lens: torch.Tensor
+    prefills: tuple[PrefillPart, ...] = ()
+    rows_T: torch.Tensor | None = None
+    positions_T: torch.Tensor | None = None
+    complete: torch.Tensor | None = None
+    """Indices of the new tokens that complete a compressed token, where the host knows them."""
+    write: CacheWrite | None = field(default=None)
+
+    def plan_write(self, page_size: int, config: SparsityConfig) -> CacheWrite:
+        """Where this step's tokens go."""
+        if self.rows_T is None or self.positions_T is None:
+            rows, positions = torch.arange(self.num_decodes, device=self.seq_lens.device), self.seq_lens.long() - 1
+            return plan_write(self.block_table, rows, positions, page_size=page_size, config=config, dynamic=False)
+        plan = plan_write(self.block_table, self.rows_T, self.positions_T, page_size=page_size, config=config, dynamic=False)
+        return CacheWrite(plan.raw_slots, plan.cmp_slots[self.complete], plan.cmp_sources[self.complete])
+
+
+class NSAMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
+    """Turns vLLM's description of a batch into `StepMetadata`."""
+
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: torch.device) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self._init_reorder_batch_threshold(1)
+        config: NSAConfig = vllm_config.model_config.hf_config
+        self.sparsity, self.backend_name = config.sparsity, config.attention_backend
+        self.num_heads = config.num_attention_heads // vllm_config.parallel_config.tensor_parallel_size
+        self.page_size = vllm_config.cache_config.block_size
+
+    def build(self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False) -> StepMetadata:
+        common = common_attn_metadata
+        columns = min(common.block_table_tensor.shape[1], -(-common.max_seq_len // self.page_size))
+        if common.max_query_len <= 1:
+            table = common.block_table_tensor[: common.num_reqs, :columns]
+            return StepMetadata(num_decodes=common.num_reqs, block_table=table, seq_lens=common.seq_lens[: common.num_reqs])
+        ends = common.query_start_loc_cpu.long()
+        counts = ends.diff()
+        num_rows = int((counts > 0).sum())  # padded rows, at the end, have no tokens
+        counts, lengths = counts[:num_rows], self._host_lengths(common)[:num_rows]
+        num_decodes = int((counts > 1).int().argmax())
+        rows = torch.arange(num_rows).repeat_interleave(counts)
+        positions = torch.arange(len(rows)) - ends[rows] + (lengths - counts)[rows]
+        l, d = self.sparsity.compress_block_size, self.sparsity.compress_stride
+        complete = ((positions >= l - 1) & ((positions - (l - 1)) % d == 0)).nonzero().flatten()
+        table = common.block_table_tensor[:num_rows, :columns]
+        return StepMetadata(
+            num_decodes=num_decodes,
+            block_table=table,
+            seq_lens=common.seq_lens[:num_rows],
+            prefills=tuple(self._prefills(num_decodes, ends, counts, lengths, table)),
+            rows_T=self._to_device(rows),
+            positions_T=self._to_device(positions),
+            complete=self._to_device(complete),
+        )
+
+    @staticmethod
+    def _host_lengths(common: CommonAttentionMetadata) -> torch.Tensor:
+        """int64 `[B]` on the host: exact, as there is no speculative decoding."""
+        lengths = common.seq_lens_cpu_upper_bound
+        return (common.seq_lens.cpu() if lengths is None else lengths).long()
+
+    def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self.device.type == "cuda":
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=True)
+
+    def _prefills(self, first: int, ends: torch.Tensor, counts: torch.Tensor, lengths: torch.Tensor, table: torch.Tensor) -> list[PrefillPart]:
+        """Sequences from `first` on, in calls that copy a bounded number of cached tokens each."""
+        parts, cached = [], (lengths > counts).tolist()
+        keys = lengths.tolist()
+        while first < len(keys):
+            last, total = first + 1, keys[first]
+            while last < len(keys) and cached[last] == cached[first] and (not cached[first] or total + keys[last] <= GATHERED_KEYS):
+                total += keys[last]
+                last += 1
+            query_ends = ends[first : last + 1] - ends[first]
+            key_ends = torch.cat([torch.zeros(1, dtype=torch.long), lengths[first:last].cumsum(0)])
+            plan = plan_batch(query_ends, key_ends, config=self.sparsity, num_heads=self.num_heads, device=self.device, backend=self.backend_name)
+            slots = None
+            if cached[first]:
+                sequence = torch.arange(first, last).repeat_interleave(lengths[first:last])
+                position = torch.arange(total) - key_ends[:-1].repeat_interleave(lengths[first:last])
+                page = self._to_device(position // self.page_size)
+                slots = table[self._to_device(sequence), page].long() * self.page_size + self._to_device(position % self.page_size)
+            parts.append(PrefillPart(slice(int(ends[first]), int(ends[last])), plan, slots))
+            first = last
+        return parts
+
+
+class SideMetadataBuilder(AttentionMetadataBuilder[AttentionMetadata]):
+    """Side caches have no metadata of their own: the layer's attention uses the raw cache's."""
+
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: torch.device) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self._init_reorder_batch_threshold(1)
+
+    def build(self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False) -> AttentionMetadata:
+        return AttentionMetadata()
+
+
+class NSABackend(AttentionBackend):
+    """The raw cache."""
+
+    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
+
+    @staticmethod
+    def get_name() -> str:
+        return "NSA"
+
+    @staticmethod
+    def get_impl_cls() -> Any:
+        raise NotImplementedError("NSA's layers call their own operator")
+
+    @staticmethod
+    def get_builder_cls() -> type[NSAMetadataBuilder]:
+        return NSAMetadataBuilder
+
+    @staticmethod
+    def get_kv_cache_shape(num_blocks: int, block_size: int, num_kv_heads: int, head_size: int, cache_dtype_str: str = "auto") -> tuple[int, ...]:
+        return (num_blocks, 2, block_size, num_kv_heads, head_size)
+
+
+class SideBackend(NSABackend):
+    """A cache of one vector a head: compressed tokens."""
+
+    @staticmethod
+    def get_name() -> str:
+        return "NSA_SIDE"
+
+    @staticmethod
+    def get_builder_cls() -> Any:
+        return SideMetadataBuilder
+
+    @staticmethod
+    def get_kv_cache_shape(num_blocks: int, block_size: int, num_kv_heads: int, head_size: int, cache_dtype_str: str = "auto") -> tuple[int, ...]:
+        return (num_blocks, block_size, num_kv_heads, head_size)
+
+
+def announce(layer: nn.Module, name: str) -> None:
+    """Make a layer with a cache known to vLLM under its name."""
+    context = get_current_vllm_config().compilation_config.static_forward_context
+    if name in context:
+        raise ValueError(f"two layers are called {name}")
+    context[name] = layer
+
+
+class SideCache(nn.Module, AttentionLayerBase):
+    """Pages `[pages, page/stride, num_kv_heads, dim]` beside a layer's raw ones."""
+
+    def __init__(self, name: str, *, stride: int, num_kv_heads: int, dim: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.stride, self.num_kv_heads, self.dim, self.dtype = stride, num_kv_heads, dim, dtype
+        self.kv_cache = torch.tensor([])
+        announce(self, name)
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
+        size = vllm_config.cache_config.block_size
+        return side_spec(page_size=size, stride=self.stride, num_kv_heads=self.num_kv_heads, dim=self.dim, dtype=self.dtype)
+
+    def get_attn_backend(self) -> type[AttentionBackend]:
+        return SideBackend
+
+
+class NSACacheLayer(nn.Module, AttentionLayerBase):
+    """One layer's caches and its attention; φ's tensors stay with the model.
+
+    Args:
+        name: the layer's, with its index in it. first: whether it is the first of the model.
+        num_kv_heads: of this tensor-parallel rank. phi: gives the compressor's tensors as they are now.
+    """
+
+    def __init__(self, config: NSAConfig, name: str, *, first: bool, num_kv_heads: int, dtype: torch.dtype, phi: Callable[[], Phi | None]) -> None:
+        super().__init__()
+        assert config.head_dim and config.value_head_dim
+        self.name, self.first, self.num_kv_heads, self.dtype = name, first, num_kv_heads, dtype
+        self.sparsity, self.backend_name = config.sparsity, config.attention_backend
+        self.key_dim, self.value_dim = config.head_dim, config.value_head_dim
+        self.num_sets = 3 if config.kv == "separate" else 1
+        self.phi = phi
+        self.kv_cache = torch.tensor([])
+        announce(self, name)
+        dim = self.key_dim + self.value_dim
+        self.compressed = SideCache(f"{name}.compressed", stride=self.sparsity.compress_stride, num_kv_heads=num_kv_heads, dim=dim, dtype=dtype)
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
+        size = vllm_config.cache_config.block_size
+        return raw_spec(page_size=size, num_kv_heads=self.num_sets * self.num_kv_heads, dim=max(self.key_dim, self.value_dim), dtype=self.dtype)
+
+    def get_attn_backend(self) -> type[AttentionBackend]:
+        return NSABackend
+
+    def cache(self) -> LayerCache:
+        """The pages as `nsa.attention` takes them."""
+        return LayerCache(self.kv_cache, self.compressed.kv_cache, self.key_dim, self.value_dim, self.num_sets)
+
+    def forward(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+        """Attention of this step's tokens: q `[T, Hq, Dk]` and keys `[T, sets·Hkv, Dk]` after RoPE, values
+        `[T, sets·Hkv, Dv]`, gates `[T, Hq, 3]` → `[T, Hq, Dv]`."""
+        out = q.new_empty(q.shape[0], q.shape[1], self.value_dim)
+        torch.ops.vllm.nsa_sparse_attention(q, keys, values, gates, out, self.name)
+        return out
+
+    def attend(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, gates: torch.Tensor, out: torch.Tensor, step: StepMetadata) -> None:
+        """What the operator does, with this step's metadata. Rows of `out` that no request has are left as they are."""
+        cache = self.cache()
+        if self.first or step.write is None:
+            step.write = step.plan_write(cache.page_size, self.sparsity)
+        num_tokens = len(step.write.raw_slots)
+        key_sets = keys[:num_tokens].split(self.num_kv_heads, dim=1)
+        value_sets = values[:num_tokens].split(self.num_kv_heads, dim=1)
+        phi = self.phi()
+        write_layer(cache, key_sets, value_sets, step.write, phi)
+        common: dict[str, Any] = {"phi": phi, "config": self.sparsity}
+        count = step.num_decodes
+        if count:
+            decoded = nsa_decode(
+                q[:count, None], cache, step.block_table[:count], step.seq_lens[:count], gates[:count, None], backend=self.backend_name, **common
+            )
+            assert isinstance(decoded, torch.Tensor)
+            out[:count] = decoded[:, 0]
+        for part in step.prefills:
+            if part.key_slots is None:
+                sets = [(k[part.rows], v[part.rows]) for k, v in zip(key_sets, value_sets, strict=True)]
+            else:
+                sets = list(zip(*read_tokens(cache, part.key_slots), strict=True))
+            kv = BranchKV(*sets) if len(sets) == 3 else BranchKV(sets[0], sets[0], sets[0])
+            filled = nsa_attention(q[part.rows], kv, gates[part.rows], cu_seqlens=part.plan, **common)
+            assert isinstance(filled, torch.Tensor)
+            out[part.rows] = filled
+
+
+def nsa_sparse_attention(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, gates: torch.Tensor, out: torch.Tensor, layer_name: str) -> None:
+    """The operator: finds its layer and the step's metadata. Without metadata (vLLM measures memory) it writes zeros."""
+    context = get_forward_context()
+    if not isinstance(context.attn_metadata, dict):
+        out.zero_()
+        return
+    context.no_compile_layers[layer_name].attend(q, keys, values, gates, out, context.attn_metadata[layer_name])
+
+
+def _nothing(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, gates: torch.Tensor, out: torch.Tensor, layer_name: str) -> None:
+    return None
+
+
+direct_register_custom_op(op_name=ATTENTION_OP, op_func=nsa_sparse_attention, mutates_args=["out"], fake_impl=_nothing)
