@@ -27,6 +27,7 @@ from vllm.utils.torch_utils import direct_register_custom_op
 from vllm.v1.attention.backend import AttentionBackend, AttentionCGSupport, AttentionMetadata, AttentionMetadataBuilder, CommonAttentionMetadata
 
 from nsa.attention import BranchKV, LayerCache, nsa_attention, nsa_decode, plan_batch
+from nsa.blocks import selection_dtype
 from nsa.cache import CacheWrite, plan_write, read_tokens, write_layer
 from nsa.serving.plugin import ATTENTION_OP
 from nsa.serving.versions import raw_spec, side_spec
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
 
 GATHERED_KEYS = 2**17
 """Cached tokens that one attention call of a prefill step copies out of the pages, at least one sequence's."""
+RECORD_SELECTION = "nsa_record_selection"
+"""Key of vLLM's `additional_config`: keep every token's block choices beside its page."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,6 +250,11 @@ class NSACacheLayer(nn.Module, AttentionLayerBase):
         announce(self, name)
         dim = self.key_dim + self.value_dim
         self.compressed = SideCache(f"{name}.compressed", stride=self.sparsity.compress_stride, num_kv_heads=num_kv_heads, dim=dim, dtype=dtype)
+        self.selected = None
+        serving = get_current_vllm_config()
+        if serving.additional_config.get(RECORD_SELECTION):
+            kind, num = selection_dtype(serving.model_config.max_model_len, self.sparsity), self.sparsity.num_selected_blocks
+            self.selected = SideCache(f"{name}.selected", stride=1, num_kv_heads=num_kv_heads, dim=num, dtype=kind)
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
         size = vllm_config.cache_config.block_size
@@ -276,23 +284,27 @@ class NSACacheLayer(nn.Module, AttentionLayerBase):
         value_sets = values[:num_tokens].split(self.num_kv_heads, dim=1)
         phi = self.phi()
         write_layer(cache, key_sets, value_sets, step.write, phi)
-        common: dict[str, Any] = {"phi": phi, "config": self.sparsity}
+        common: dict[str, Any] = {"phi": phi, "config": self.sparsity, "return_selection": self.selected is not None}
         count = step.num_decodes
         if count:
-            decoded = nsa_decode(
-                q[:count, None], cache, step.block_table[:count], step.seq_lens[:count], gates[:count, None], backend=self.backend_name, **common
-            )
-            assert isinstance(decoded, torch.Tensor)
-            out[:count] = decoded[:, 0]
+            table, lengths = step.block_table[:count], step.seq_lens[:count]
+            result = nsa_decode(q[:count, None], cache, table, lengths, gates[:count, None], backend=self.backend_name, **common)
+            self._store(out, slice(0, count), result, step.write)
         for part in step.prefills:
             if part.key_slots is None:
                 sets = [(k[part.rows], v[part.rows]) for k, v in zip(key_sets, value_sets, strict=True)]
             else:
                 sets = list(zip(*read_tokens(cache, part.key_slots), strict=True))
             kv = BranchKV(*sets) if len(sets) == 3 else BranchKV(sets[0], sets[0], sets[0])
-            filled = nsa_attention(q[part.rows], kv, gates[part.rows], cu_seqlens=part.plan, **common)
-            assert isinstance(filled, torch.Tensor)
-            out[part.rows] = filled
+            self._store(out, part.rows, nsa_attention(q[part.rows], kv, gates[part.rows], cu_seqlens=part.plan, **common), step.write)
+
+    def _store(self, out: torch.Tensor, rows: slice, result: torch.Tensor | tuple[torch.Tensor, torch.Tensor], write: CacheWrite) -> None:
+        """Keep attention's result for some rows of the step, and their block choices where they are recorded."""
+        attended, chosen = result if isinstance(result, tuple) else (result, None)
+        out[rows] = attended.reshape(out[rows].shape)
+        if self.selected is not None and chosen is not None:
+            slots = self.selected.kv_cache.view(-1, *self.selected.kv_cache.shape[2:])
+            slots[write.raw_slots[rows]] = chosen.reshape(-1, *slots.shape[1:]).to(slots.dtype)
 
 
 def nsa_sparse_attention(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, gates: torch.Tensor, out: torch.Tensor, layer_name: str) -> None:

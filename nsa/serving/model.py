@@ -9,7 +9,7 @@ Shapes: T tokens of a step, E hidden size, Hq/Hkv heads of this rank, Dk/Dv head
 # pyright: reportMissingImports=false, reportMissingModuleSource=false
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +24,8 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from nsa.attention import Phi
 from nsa.layers import BranchGates, Compressor, RMSNorm, RotaryEmbedding, rotate
 from nsa.serving.backend import NSACacheLayer
+from nsa.serving.versions import request_pages
+from nsa.serving.weights import HfParameter, hf_parameters, make_live
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -171,9 +173,9 @@ class NSAForCausalLM(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
         self.logits_processor = LogitsProcessor(config.vocab_size)
-        projections = ("q_proj", *KEY_NAMES[config.kv], *VALUE_NAMES[config.kv])
-        self.merged = {("self_attn", name): ("qkv_proj", index) for index, name in enumerate(projections)}
-        self.merged |= {("mlp", "gate_proj"): ("gate_up_proj", 0), ("mlp", "up_proj"): ("gate_up_proj", 1)}
+        self.merged = {"qkv_proj": ("q_proj", *KEY_NAMES[config.kv], *VALUE_NAMES[config.kv]), "gate_up_proj": ("gate_proj", "up_proj")}
+        self.shards = {name: (layer, index) for layer, names in self.merged.items() for index, name in enumerate(names)}
+        make_live(self)
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         return self.model.embed_tokens(input_ids)
@@ -206,12 +208,38 @@ class NSAForCausalLM(nn.Module):
                 continue
             target, shard = name, None
             *stem, component, leaf = name.split(".")
-            if (merged := self.merged.get((stem[-1] if stem else "", component))) is not None:
-                target, shard = ".".join([*stem, merged[0], leaf]), merged[1]
+            if component in self.shards:
+                layer, shard = self.shards[component]
+                target = ".".join([*stem, layer, leaf])
             if target not in parameters:
                 raise ValueError(f"the checkpoint has a tensor {name!r} that an NSA model of this configuration does not have")
             parameter = parameters[target]
-            arguments = (parameter, tensor) if shard is None else (parameter, tensor, shard)
-            getattr(parameter, "weight_loader", default_loader)(*arguments)
+            loader: Any = getattr(parameter, "weight_loader", default_loader)
+            loader(*((parameter, tensor) if shard is None else (parameter, tensor, shard)))
             loaded.add(target)
         return loaded
+
+    def hf_parameters(self) -> Iterator[HfParameter]:
+        """Every tensor of the checkpoint once, as a view of the live parameters, to be written in place."""
+        return hf_parameters(self, self.merged, self.config.tie_word_embeddings)
+
+    def read_selection(self, runner: Any, request_id: str, num_tokens: int) -> torch.Tensor:
+        """Block choices of a request's first tokens, cached ones included.
+
+        They lie beside the request's pages, and vLLM forgets whose pages they are when the step after the request's last
+        one begins. So: ask between the two, from the thread that steps the engine, without asynchronous scheduling.
+
+        Args:
+            runner: the worker's model runner. request_id: vLLM's internal one (what `add_request` returns).
+        Returns:
+            `[num_tokens, layers, Hkv, n]` on the CPU, Hkv of this rank, in the format of `nsa_attention`.
+        Raises:
+            ValueError: the engine does not record (`additional_config={"nsa_record_selection": True}`), or no such request.
+        """
+        layers: Any = self.model.layers
+        caches = [layer.self_attn.attention.selected for layer in layers]
+        if caches[0] is None:
+            raise ValueError('start vLLM with additional_config={"nsa_record_selection": True} to read selections')
+        size = caches[0].kv_cache.shape[1]
+        pages = request_pages(runner, request_id, -(-num_tokens // size))
+        return torch.stack([cache.kv_cache[pages.to(cache.kv_cache.device)].flatten(0, 1)[:num_tokens] for cache in caches], dim=1).cpu()

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -37,3 +37,17 @@ def side_spec(*, page_size: int, stride: int, num_kv_heads: int, dim: int, dtype
     from vllm.v1.kv_cache_interface import MLAAttentionSpec
 
     return MLAAttentionSpec(block_size=page_size, num_kv_heads=num_kv_heads, head_size=dim, dtype=dtype, compress_ratio=stride)
+
+
+def request_pages(runner: Any, request_id: str, count: int) -> torch.Tensor:
+    """The first pages of a request that the model runner (V1 or V2) knows, int64 `[count]`.
+
+    Raises:
+        ValueError: the runner does not know the request (any more).
+    """
+    known = runner.req_states.req_id_to_index if hasattr(runner, "req_states") else runner.requests
+    if request_id not in known:
+        raise ValueError(f"vLLM's model runner does not know the request {request_id!r} (any more)")
+    if known is getattr(runner, "requests", None):
+        return torch.tensor(known[request_id].block_ids[0][:count])
+    return runner.block_tables.block_tables[0].gpu[known[request_id], :count].long()
