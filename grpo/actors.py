@@ -228,7 +228,7 @@ class RayEngine:
             raise ValueError("RayEngine.load_weights takes what RayLearner.weights() returned: weights go from actor to actor")
         self._handle.result(self._handle.actor.load_from.remote(version, named_tensors.learner.actor), "load_weights")
 
-    def checksum(self) -> int | None:
+    def checksum(self) -> int:
         return self._handle.call("checksum")
 
     def sleep(self) -> None:
@@ -290,6 +290,9 @@ class RayLearner:
 
     def checksum(self) -> int:
         return self._handle.call("checksum")
+
+    def score(self, token_ids: Sequence[int]) -> torch.Tensor:
+        return self._handle.call("score", token_ids)
 
     def save(self, folder: Path) -> None:
         self._handle.call("save", folder)

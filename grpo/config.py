@@ -75,7 +75,8 @@ class PromptSection(Section):
 class RolloutSection(Section):
     """Sampling."""
 
-    engine: Literal["torch"] = "torch"
+    engine: Literal["torch", "vllm"] = "torch"
+    """`torch`: the built-in engine; `vllm`: vLLM with our plugin (extra `vllm`)."""
     prompts_per_step: PositiveInt = 32
     group_size: Annotated[int, Field(ge=2)] = 8
     """Samples per prompt (G); a group of one has no group-relative advantage."""
@@ -91,6 +92,15 @@ class RolloutSection(Section):
     """Tokens the cache can hold; None: enough for max_sequences of full length."""
     cuda_graphs: bool = True
     """Replay decode steps as CUDA graphs on a GPU."""
+    gpu_share: Annotated[float, Field(gt=0, le=1)] | None = None
+    """vLLM: share of the GPU's memory for its weights, cache and activations; None: what the learner leaves of a GPU they
+    share, else 0.9. With max_cache_tokens the cache has that size."""
+    tensor_parallel: PositiveInt = 1
+    """vLLM: GPUs that one engine is spread over."""
+    sleep: bool | None = None
+    """Free the engine's memory while the learner works; None: where vLLM and the learner share a GPU."""
+    stall_deadline_s: PositiveFloat = 300.0
+    """vLLM: longest time without a new token, and longest single call, before it counts as hung."""
     dynamic_sampling: bool = False
     """Sample further prompts until prompts_per_step groups have reward variance (DAPO)."""
     max_sampling_rounds: PositiveInt = 3
@@ -100,6 +110,16 @@ class RolloutSection(Section):
     def _full_distribution(self) -> RolloutSection:
         if self.top_p < 1 or self.top_k > 0:
             raise ValueError(f"training needs the full distribution: top_p must be 1 and top_k 0, got top_p={self.top_p}, top_k={self.top_k}")
+        return self
+
+    @model_validator(mode="after")
+    def _engine_keys(self) -> RolloutSection:
+        if self.engine == "torch":
+            for key in ("gpu_share", "tensor_parallel", "stall_deadline_s"):
+                if getattr(self, key) != type(self).model_fields[key].default:
+                    raise ValueError(f"{key} is for vLLM alone: set rollout.engine to vllm, or leave it out")
+        elif not 0.01 <= self.temperature <= 2:
+            raise ValueError(f"vLLM samples at temperatures from 0.01 to 2, got temperature={self.temperature}")
         return self
 
 

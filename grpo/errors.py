@@ -17,3 +17,7 @@ class ActorFailed(RunFailed):
     def __init__(self, owner: str, what: str, details: str = "") -> None:
         super().__init__(f"the {owner} {what}", details)
         self.owner = owner
+
+
+class EngineFailed(RunFailed):
+    """The sampler's engine failed, stalled, or was asked for something it cannot do in its state."""

@@ -30,7 +30,7 @@ from grpo.batching import build_mini_batches, with_advantages
 from grpo.config import RunConfig
 from grpo.data_types import ScoredGroup, StepStats
 from grpo.loss import LossSums, kl_estimate, means, merge, policy_loss
-from grpo.micro_batch import MicroBatch, prepare, row_logprobs, scatter_rows
+from grpo.micro_batch import MicroBatch, prepare, row_logprobs, scatter_rows, sequence_logprobs
 from grpo.optimizer import gradient_norms, learning_rate, make_optimizer, set_learning_rate
 from grpo.truths import LearnerError, check_mismatch, describe_step, first_kl_difference, first_ratio_deviation, selection_agreement
 from nsa.attention import resolve_backend
@@ -287,6 +287,11 @@ class Learner:
         """Every parameter once (tied ones under their first name), detached, fp32, on the learner's device; not copies."""
         for name, parameter in self._model.named_parameters():
             yield name, parameter.detach()
+
+    def score(self, token_ids: Sequence[int]) -> torch.Tensor:
+        """Log-probabilities `[L]` (fp32, CPU) of a sequence's tokens given those before, as the policy is now; entry 0 is 0."""
+        chunk = self.config.optimizer.logprob_chunk_tokens
+        return sequence_logprobs(self._model, token_ids, chunk=chunk, compute_dtype=self._compute_dtype)
 
     def save_model(self, folder: str | Path, tokenizer: Any = None) -> None:
         """Write the fp32 policy as a Hugging Face checkpoint (safetensors, config.json), with the tokenizer where given."""

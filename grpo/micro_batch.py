@@ -9,6 +9,7 @@ Shape suffixes: T packed tokens, N sequences, R rows in the loss (predicted toke
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -95,3 +96,15 @@ def row_logprobs(
 def scatter_rows(micro: MicroBatch, values_R: torch.Tensor) -> torch.Tensor:
     """`[T]`: the rows' values at their tokens, 0 elsewhere."""
     return values_R.new_zeros(micro.batch.token_ids_T.shape).index_copy_(0, micro.rows_R, values_R)
+
+
+@torch.no_grad()
+def sequence_logprobs(model: Any, token_ids: Sequence[int], *, chunk: int, compute_dtype: torch.dtype | None) -> torch.Tensor:
+    """Log-probabilities `[L]` (fp32, CPU) of one sequence's tokens given those before, at temperature 1; entry 0 is 0."""
+    weight_VE, tokens = model.lm_head.weight, torch.tensor(token_ids)
+    autocast = torch.autocast(weight_VE.device.type, dtype=compute_dtype) if compute_dtype else contextlib.nullcontext()
+    with autocast:
+        packed = model.model.forward_packed(tokens, torch.arange(len(tokens)), torch.tensor([0, len(tokens)]))
+    targets = tokens[1:].to(weight_VE.device)
+    values, _ = token_logprobs(packed.hidden_TE[:-1], weight_VE, targets, chunk=chunk, compute_dtype=compute_dtype)
+    return torch.cat([torch.zeros(1), values.float().cpu()])

@@ -1,4 +1,5 @@
-"""Where actors go: which cluster, and which share of a GPU. Knows nothing of Ray but its address format."""
+"""Where actors go: which cluster, which share of a GPU, and what follows where two share one. Knows nothing of Ray but its
+address format."""
 
 from __future__ import annotations
 
@@ -19,13 +20,35 @@ def gpu_shares(config: RunConfig) -> tuple[float, float]:
     from grpo.learner import resolve_device
 
     device = config.model.device if cluster_address(config) else resolve_device(config.model.device).type
-    default = 0.5 if device.startswith("cuda") else 0.0
+    on_gpu, parallel = device.startswith("cuda"), config.rollout.tensor_parallel
+    defaults = (0.0, 0.0) if not on_gpu else (0.5, 0.5) if parallel == 1 else (float(parallel), 1.0)
     shares = []
-    for name, given in (("rollout_gpus", config.runtime.rollout_gpus), ("learner_gpus", config.runtime.learner_gpus)):
-        if given == 0 and device.startswith("cuda"):
+    for name, given, default in zip(
+        ("rollout_gpus", "learner_gpus"), (config.runtime.rollout_gpus, config.runtime.learner_gpus), defaults, strict=True
+    ):
+        if given == 0 and on_gpu:
             raise ValueError(f"runtime.{name} is 0 but model.device is {config.model.device}: give it a share, or set model.device to cpu")
         shares.append(default if given is None else given)
+    if on_gpu and parallel > 1 and shares[0] != parallel:
+        raise ValueError(f"rollout.tensor_parallel is {parallel}, so runtime.rollout_gpus must be {parallel} too, got {shares[0]:g}")
     return shares[0], shares[1]
+
+
+def shares_gpu(config: RunConfig) -> bool:
+    """Whether sampler and learner work on one GPU."""
+    from grpo.learner import resolve_device
+
+    if config.runtime.kind == "local":
+        return resolve_device(config.model.device).type == "cuda"
+    rollout, learner = gpu_shares(config)
+    return 0 < rollout < 1 and 0 < learner < 1
+
+
+def sleeps(config: RunConfig) -> bool:
+    """Whether the sampler gives up its memory while the learner works: as `rollout.sleep` says, else where vLLM shares a GPU."""
+    if config.rollout.sleep is not None:
+        return config.rollout.sleep
+    return config.rollout.engine == "vllm" and shares_gpu(config)
 
 
 def cluster_address(config: RunConfig) -> str | None:

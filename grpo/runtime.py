@@ -21,6 +21,7 @@ from grpo.actor_host import FAILED_REWARDS
 from grpo.config import RunConfig
 from grpo.data_types import Group, Prompt, Score, ScoredGroup, StepStats
 from grpo.errors import RunFailed
+from grpo.placement import sleeps
 from grpo.rollout.engine import Engine, Sampling
 from grpo.scoring import Scorer
 from grpo.seeding import fold, seed_everything
@@ -28,6 +29,7 @@ from grpo.weight_sync import checksum
 
 if TYPE_CHECKING:
     from grpo.rollout.torch_engine import TorchEngine
+    from grpo.rollout.vllm_engine import VllmEngine
 
 OPTIMIZER_FILE = "optimizer.pt"
 
@@ -35,8 +37,8 @@ OPTIMIZER_FILE = "optimizer.pt"
 class EngineHandle(Engine, Protocol):
     """An engine that can say which weights it holds."""
 
-    def checksum(self) -> int | None:
-        """`weight_sync.checksum` of the weights in use; None where the engine keeps them in another form (vLLM)."""
+    def checksum(self) -> int:
+        """`weight_sync.checksum` of the weights in use."""
         ...
 
 
@@ -60,6 +62,10 @@ class LearnerHandle(Protocol):
 
     def checksum(self) -> int:
         """`weight_sync.checksum` of the weights in the sampler's dtype."""
+        ...
+
+    def score(self, token_ids: Sequence[int]) -> torch.Tensor:
+        """Log-probabilities `[L]` of one sequence's tokens, as the policy is now; entry 0 is 0."""
         ...
 
     def save(self, folder: Path) -> None:
@@ -100,11 +106,20 @@ def use_threads(config: RunConfig) -> None:
     torch.set_num_threads(config.runtime.threads or len(os.sched_getaffinity(0)))
 
 
-def build_engine(config: RunConfig) -> TorchEngine:
-    """The sampler of a run, with the weights of `config.model.path` as version 0."""
+def build_engine(config: RunConfig) -> TorchEngine | VllmEngine:
+    """The sampler of a run, with the weights of `config.model.path` as version 0.
+
+    Raises:
+        ValueError: no GPU where one is asked for; vLLM is asked for and missing or built for another device.
+    """
+    from grpo.learner import resolve_device
+
+    device = resolve_device(config.model.device)
+    if config.rollout.engine == "vllm":
+        return _build_vllm(config, device)
     from transformers import AutoTokenizer
 
-    from grpo.learner import load_policy, resolve_device
+    from grpo.learner import load_policy
     from grpo.rollout.torch_engine import TorchEngine
 
     model: Any = load_policy(config)
@@ -115,14 +130,24 @@ def build_engine(config: RunConfig) -> TorchEngine:
         AutoTokenizer.from_pretrained(config.model.path),
         max_sequences=config.rollout.max_sequences,
         max_cache_tokens=config.rollout.max_cache_tokens,
-        device=resolve_device(config.model.device),
+        device=device,
         dtype=getattr(torch, config.model.dtype),
         cuda_graphs=config.rollout.cuda_graphs,
     )
 
 
+def _build_vllm(config: RunConfig, device: torch.device) -> VllmEngine:
+    from grpo.rollout.vllm_settings import vllm_settings
+
+    gpu_bytes = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+    settings = vllm_settings(config, device.type, gpu_bytes)
+    from grpo.rollout.vllm_start import start_vllm
+
+    return start_vllm(settings)
+
+
 class RolloutPart:
-    """An engine and its weights' checksum."""
+    """The engine of a run."""
 
     def __init__(self, config: RunConfig) -> None:
         self._engine = build_engine(config)
@@ -136,10 +161,8 @@ class RolloutPart:
     def load_weights(self, version: int, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         self._engine.load_weights(version, named_tensors)
 
-    def checksum(self) -> int | None:
-        from grpo.rollout.torch_engine import TorchEngine
-
-        return checksum(self._engine.model.named_parameters()) if isinstance(self._engine, TorchEngine) else None
+    def checksum(self) -> int:
+        return self._engine.checksum()
 
     def sleep(self) -> None:
         self._engine.sleep()
@@ -163,6 +186,7 @@ class LearnerPart:
         seed_everything(fold(config.train.seed, "learner"))
         self._learner = Learner(config)
         self._sampler_dtype = getattr(torch, config.model.dtype)
+        self._gives_memory_back = sleeps(config) and torch.cuda.is_available()
 
     @property
     def policy_version(self) -> int:
@@ -178,12 +202,18 @@ class LearnerPart:
             return self._learner.step(scored_groups)
         except LearnerError as error:
             raise RunFailed(str(error)) from error
+        finally:
+            if self._gives_memory_back:
+                torch.cuda.empty_cache()
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         return self._learner.weights()
 
     def checksum(self) -> int:
         return checksum((name, tensor.to(self._sampler_dtype)) for name, tensor in self._learner.weights())
+
+    def score(self, token_ids: Sequence[int]) -> torch.Tensor:
+        return self._learner.score(token_ids)
 
     def save(self, folder: Path) -> None:
         self._learner.save_model(folder)

@@ -16,6 +16,7 @@ in: a run is a function of its configuration. Leaves out every formula, and wher
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import time
@@ -35,6 +36,7 @@ from grpo.data_types import EvalReport, Group, Prompt, ScoredGroup
 from grpo.errors import RunFailed
 from grpo.evaluate import evaluate
 from grpo.log import RunLogger, prepare_run_dir, resolve_run_dir
+from grpo.placement import sleeps
 from grpo.problems import Problems, load_problems
 from grpo.prompt_settings import save_prompt_settings
 from grpo.rollout.engine import Sampling
@@ -42,12 +44,14 @@ from grpo.rollout_metrics import num_rollout_tokens, rollout_metrics, sample_row
 from grpo.run_scope import Timed, log_lines_to, sigterm_as_exit
 from grpo.runtime import Runtime, start_runtime
 from grpo.seeding import fold
-from grpo.weight_sync import WeightSyncError, sync
+from grpo.weight_sync import WeightSyncError, check_probe, sync
 
 CHECKPOINTS = "checkpoints"
 STATE_FILE = "trainer_state.json"
 AGREEMENT_EVERY = 10
 """Steps between measurements of selection/agreement, for which the sampler records its choices (step 1 is measured)."""
+PROBE_TOKENS = 256
+"""Length of the sequence that sampler and learner are compared on after every sync: the first prompts, one after another."""
 
 
 def train(config: RunConfig, *, resume_from: Path | None = None) -> Path:
@@ -118,6 +122,8 @@ class Trainer:
         self._state: dict[str, Any] = {}
         self._consistent = True
         self._warned: set[str] = set()
+        self._sleeps = sleeps(config)
+        self._probe = tuple(itertools.islice(itertools.chain.from_iterable(prompt.token_ids for prompt in problems.train), PROBE_TOKENS))
 
     # ------------------------------------------------------------------ the run
 
@@ -127,7 +133,7 @@ class Trainer:
         if problem := self._problems.note:
             self._log.message(problem)
         try:
-            sync(self._runtime.learner, self._runtime.engine)
+            self._sync()
             if section.eval_before and not self._resumed:
                 self._evaluate()
             while self.step < section.steps:
@@ -149,19 +155,23 @@ class Trainer:
         number = self.step + 1
         rollout = self._rollout(number)
         sampled = time.perf_counter()
+        if self._sleeps:
+            self._runtime.engine.sleep()
+        asleep = time.perf_counter()
         self._consistent = False
         stats = self._runtime.learner.step(rollout.chosen)
         updated = time.perf_counter()
         self.step = number
         self._num_tokens += sum(num_rollout_tokens(rollout.sampled))
         self._remember()
-        sync(self._runtime.learner, self._runtime.engine)
+        checks = self._sync()
         ended = time.perf_counter()
         completion_tokens = num_rollout_tokens(rollout.sampled)[1]
         metrics = {
             **stats.metrics,
             **rollout_metrics(rollout.sampled),
             **self._runtime.scorer.metrics(),
+            **checks,
             "sampling/rounds": float(rollout.rounds),
             "sampling/groups": float(len(rollout.sampled)),
             "groups/dead_fraction": sum(not any(group.advantages) for group in rollout.sampled) / len(rollout.sampled),
@@ -172,13 +182,22 @@ class Trainer:
             "rollout/tokens_per_second": completion_tokens / max(rollout.rollout_s, 1e-9),
             "time/rollout": rollout.rollout_s,
             "time/reward": rollout.reward_s,
-            "time/update": updated - sampled,
+            "time/sleep": asleep - sampled,
+            "time/update": updated - asleep,
             "time/sync": ended - updated,
         }
         self._log.log(number, metrics)
         self._log.samples(number, sample_rows(rollout.sampled, self.config.log.samples_per_step, number))
         self._warn(metrics)
         return metrics
+
+    def _sync(self) -> dict[str, float]:
+        """Send the weights, wake the sampler where it sleeps, and see that both compute the same."""
+        learner, engine = self._runtime.learner, self._runtime.engine
+        sync(learner, engine)
+        if self._sleeps:
+            engine.wake()
+        return check_probe(learner, engine, self._probe, self.config.algorithm.mismatch_bound)
 
     # ------------------------------------------------------------------ rollout
 
@@ -211,7 +230,7 @@ class Trainer:
             stop=section.stop,
             seed=fold(self.config.train.seed, "rollout", number, sampling_round),
             group_size=section.group_size,
-            record_selection=algorithm.selection == "replay" or number % AGREEMENT_EVERY == 1,
+            record_selection=algorithm.selection == "replay" or (number % AGREEMENT_EVERY == 1 and section.engine == "torch"),
         )
         began = time.perf_counter()
         groups = Timed(self._runtime.engine.generate(prompts, sampling))

@@ -4,12 +4,13 @@
 
 In one process nothing is packed. Between processes (grpo.actors) the tensors travel as byte pieces of bounded size, so
 that neither a large embedding nor the whole model has to fit the object store. `sync` is the one place that moves a
-version, and checks version and bits afterwards; what a sampler then computes with them is checked at every step by the
-learner (`mismatch/*`). Leaves out how a sampler stores its weights.
+version, and checks version and bits afterwards; `check_probe` then compares what both make of one sequence, and at every
+step the learner compares all that was sampled (`mismatch/*`). Leaves out how a sampler stores its weights.
 """
 
 from __future__ import annotations
 
+import logging
 import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,6 +21,8 @@ import numpy
 import torch
 
 from grpo.errors import RunFailed
+
+logger = logging.getLogger(__name__)
 
 PIECE_BYTES = 32 * 2**20
 _CHECKSUM_CHUNK = 2**20
@@ -39,6 +42,8 @@ class WeightSource(Protocol):
 
     def checksum(self) -> int: ...
 
+    def score(self, token_ids: Sequence[int]) -> torch.Tensor: ...
+
 
 class WeightSink(Protocol):
     """What `sync` needs of a sampler."""
@@ -47,7 +52,9 @@ class WeightSink(Protocol):
 
     def health(self) -> dict[str, float]: ...
 
-    def checksum(self) -> int | None: ...
+    def checksum(self) -> int: ...
+
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[torch.Tensor]: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,30 +130,61 @@ def checksum(named_tensors: Iterable[tuple[str, torch.Tensor]]) -> int:
 
     Computed where the tensors are: Σ over elements of bits · (position mod 65,521 + 1), modulo 2^64.
     """
-    total = 0
+    sums: dict[torch.device, torch.Tensor] = {}  # int64 arithmetic wraps, so the host is asked once per device
     for name, tensor in named_tensors:
         flat = tensor.detach().reshape(-1)
         bits = flat.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()])
-        value = zlib.crc32(f"{name} {tensor.dtype}".encode())
+        value = torch.tensor(zlib.crc32(f"{name} {tensor.dtype}".encode()), dtype=torch.int64, device=flat.device)
         for part in bits.split(_CHECKSUM_CHUNK):
             factors = torch.arange(1, part.numel() + 1, device=part.device, dtype=torch.int64) % 65_521 + 1
-            value = value * 31 + int((part.to(torch.int64) * factors).sum())
-        total += value
+            value = value * 31 + (part.to(torch.int64) * factors).sum()
+        sums[flat.device] = sums.get(flat.device, torch.zeros_like(value)) + value
+    total = sum(int(value) for value in sums.values())
     return total % 2**64
 
 
 def sync(learner: WeightSource, engine: WeightSink) -> int:
-    """Hand the learner's weights to the sampler and check that they arrived: version and checksum.
+    """Hand the learner's weights to the sampler and check that they arrived: version and checksum. Where they did not, they
+    are sent once more.
 
     Raises:
-        WeightSyncError: the sampler reports another version, or holds other bits than the learner.
+        WeightSyncError: the sampler reports another version, or holds other bits than the learner, twice.
     """
+    try:
+        return _sync_once(learner, engine)
+    except WeightSyncError as error:
+        logger.warning("%s; sending them once more", error)
+        return _sync_once(learner, engine)
+
+
+def _sync_once(learner: WeightSource, engine: WeightSink) -> int:
     version = learner.policy_version
     engine.load_weights(version, learner.weights())
     reported = engine.health().get("version")
     if reported is not None and int(reported) != version:
         raise WeightSyncError(f"the sampler reports weight version {int(reported)} after version {version} was loaded")
-    held = engine.checksum()
-    if held is not None and held != (sent := learner.checksum()):
+    held, sent = engine.checksum(), learner.checksum()
+    if held != sent:
         raise WeightSyncError(f"weight version {version} did not arrive: the sampler's checksum is {held:#x}, the learner's {sent:#x}")
     return version
+
+
+def check_probe(learner: WeightSource, engine: WeightSink, token_ids: Sequence[int], bound: float | None) -> dict[str, float]:
+    """Compare sampler and learner on one sequence: equal bits do not show that a sampler computes with them (a cached prompt,
+    a captured graph, a tensor made from the weights may be old).
+
+    Returns:
+        `probe/mean` and `probe/max`: |Δ log p| over its tokens.
+
+    Raises:
+        WeightSyncError: the mean is above `bound` (None: never) or not a number.
+    """
+    (found,) = engine.score([token_ids])
+    difference = (found - learner.score(token_ids))[1:].abs()
+    mean, largest = difference.mean().item(), difference.max().item()
+    if bound is not None and not mean <= bound:
+        raise WeightSyncError(
+            f"after a sync the sampler computes something else than the learner: mean |Δ log p| of a probe of {len(token_ids)} tokens is {mean:.4g} "
+            f"nats (largest {largest:.4g}), above algorithm.mismatch_bound={bound:g}"
+        )
+    return {"probe/mean": mean, "probe/max": largest}

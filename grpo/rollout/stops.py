@@ -67,6 +67,8 @@ class StopStrings:
     def first_end(self, token_ids: Sequence[int], start: int) -> int | None:
         """The smallest length > `start` at which the text of `token_ids[:length]` holds a stop string; None if there is
         none. Everything up to `start` has been looked at before."""
+        if not self._stops:
+            return None
         for index in range(start, len(token_ids)):
             if self._candidates[token_ids[index]] and self._ends_at(token_ids, index):
                 return index + 1

@@ -21,9 +21,11 @@ from grpo.logprobs import token_logprobs
 from grpo.rollout.decode_batch import DecodeBatch
 from grpo.rollout.engine import Sampling
 from grpo.rollout.generation import PACKED_TOKENS, Generation, token_parts
+from grpo.rollout.requests import check_prompts, check_sequence, eos_token_ids
 from grpo.rollout.scheduler import PageCounts, Scheduler
 from grpo.rollout.stops import StopStrings, TokenPieces
 from grpo.rollout.weights import load_named
+from grpo.weight_sync import checksum
 from nsa.blocks import selection_dtype
 from nsa.cache import NSACache
 from nsa.config import NSAConfig
@@ -70,7 +72,7 @@ class TorchEngine:
         self.config = model.config
         self._max_sequences, self._max_cache_tokens, self._dtype, self._cuda_graphs = max_sequences, max_cache_tokens, dtype, cuda_graphs
         self._version = version
-        self._eos_ids = eos_token_ids(model)
+        self._eos_ids = eos_token_ids((model.generation_config, model.config), model.config.vocab_size)
         self._steps_per_look = _STEPS_PER_LOOK.get(self.device.type, 8)
         self._pieces: TokenPieces | None = None
         self._cache: NSACache | None = None
@@ -91,15 +93,7 @@ class TorchEngine:
             RuntimeError: a request is in progress, or the engine is asleep, closed or half loaded.
         """
         self._check_ready()
-        for prompt in prompts:
-            self._check_sequence(prompt.token_ids, f"prompt {prompt.prompt_id!r}")
-            if not prompt.token_ids:
-                raise ValueError(f"prompt {prompt.prompt_id!r} has no tokens")
-            if len(prompt.token_ids) + sampling.max_tokens > self.config.max_position_embeddings:
-                raise ValueError(
-                    f"prompt {prompt.prompt_id!r} has {len(prompt.token_ids)} tokens and max_tokens is {sampling.max_tokens}: more than the "
-                    f"model's context of {self.config.max_position_embeddings}"
-                )
+        check_prompts(prompts, max_tokens=sampling.max_tokens, context=self.config.max_position_embeddings, vocabulary=self.config.vocab_size)
         if self._pieces is None and sampling.stop:
             self._pieces = TokenPieces(self.tokenizer, self.config.vocab_size)
         stops = StopStrings(sampling.stop, self._pieces)
@@ -195,7 +189,7 @@ class TorchEngine:
         """
         self._check_alive()
         for number, sequence in enumerate(sequences):
-            self._check_sequence(sequence, f"sequence {number}")
+            check_sequence(sequence, f"sequence {number}", context=self.config.max_position_embeddings, vocabulary=self.config.vocab_size)
         results = [torch.zeros(len(sequence)) for sequence in sequences]
         filled = [i for i, sequence in enumerate(sequences) if len(sequence) > 1]
         for part in token_parts([len(sequences[i]) for i in filled], PACKED_TOKENS):
@@ -225,6 +219,10 @@ class TorchEngine:
         load_named(self.model, named_tensors)
         self._fault = None
         self._version = version
+
+    def checksum(self) -> int:
+        """`weight_sync.checksum` of the weights in use."""
+        return checksum(self.model.named_parameters())
 
     def sleep(self) -> None:
         """Free the cache. Raises RuntimeError while a request is in progress."""
@@ -278,29 +276,6 @@ class TorchEngine:
         self._check_idle("generate")
         if self._asleep:
             raise RuntimeError("the engine is asleep: call wake() first")
-
-    def _check_sequence(self, token_ids: Sequence[int], name: str) -> None:
-        context, vocabulary = self.config.max_position_embeddings, self.config.vocab_size
-        if len(token_ids) > context:
-            raise ValueError(f"{name} has {len(token_ids)} tokens, more than the model's context of {context}")
-        if token_ids and not (min(token_ids) >= 0 and max(token_ids) < vocabulary):
-            raise ValueError(f"{name} has token ids from {min(token_ids)} to {max(token_ids)}, the model's vocabulary is 0 to {vocabulary - 1}")
-
-
-def eos_token_ids(model: NSAForCausalLM) -> tuple[int, ...]:
-    """Every EOS id of the model's generation config and config.
-
-    Raises:
-        ValueError: an id outside the vocabulary.
-    """
-    ids: set[int] = set()
-    for config in (model.generation_config, model.config):
-        given = config.eos_token_id if config is not None else None
-        ids.update([] if given is None else [given] if isinstance(given, int) else given)
-    outside = [i for i in ids if not 0 <= i < model.config.vocab_size]
-    if outside:
-        raise ValueError(f"eos_token_id {outside[0]} lies outside the model's vocabulary of {model.config.vocab_size}")
-    return tuple(sorted(ids))
 
 
 def page_bytes(config: NSAConfig, dtype: torch.dtype) -> int:

@@ -12,10 +12,11 @@ from transformers import PreTrainedTokenizerFast
 from grpo.data_types import Completion, Group, Prompt
 from grpo.rollout.decode_batch import DecodeBatch, bucket
 from grpo.rollout.engine import Sampling
+from grpo.rollout.requests import eos_token_ids
 from grpo.rollout.sampling import hashed_uniforms, sample_tokens
 from grpo.rollout.scheduler import PageCounts, Scheduler
 from grpo.rollout.stops import StopStrings, TokenPieces
-from grpo.rollout.torch_engine import TorchEngine, eos_token_ids
+from grpo.rollout.torch_engine import TorchEngine
 from grpo.seeding import fold
 from nsa.config import NSAConfig
 from nsa.model import NSAForCausalLM
@@ -472,10 +473,10 @@ def test_every_configured_eos_id_counts():
     model = _model(eos_token_id=7)
     assert model.generation_config is not None
     model.generation_config.eos_token_id = [5, 6]
-    assert eos_token_ids(model) == (5, 6, 7)
+    assert eos_token_ids((model.generation_config, model.config), model.config.vocab_size) == (5, 6, 7)
     model.config.eos_token_id = VOCABULARY
     with pytest.raises(ValueError, match="outside the model's vocabulary of 96"):
-        eos_token_ids(model)
+        eos_token_ids((model.generation_config, model.config), model.config.vocab_size)
 
 
 def test_weights_that_are_not_finite_stop_the_request():

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grpo.weight_sync import WeightSyncError, checksum, pack, sync, unpack
+from grpo.weight_sync import WeightSyncError, check_probe, checksum, pack, sync, unpack
 
 
 def tensors() -> dict[str, torch.Tensor]:
@@ -64,14 +64,18 @@ class Learner:
     def checksum(self) -> int:
         return checksum(self.weights())
 
+    def score(self, token_ids):
+        return torch.tensor([0.0, *(-token_id / 10 for token_id in token_ids[1:])])
+
 
 class Sampler:
     def __init__(self, reported: int | None = None, stale: str | None = None) -> None:
-        self.reported, self.stale = reported, stale
+        self.reported, self.stale, self.off, self.loads = reported, stale, 0.0, 0
         self.tensors: dict[str, torch.Tensor] = {}
 
     def load_weights(self, version, named_tensors):
         self.version = version
+        self.loads += 1
         self.tensors = {name: tensor + 1 if name == self.stale else tensor for name, tensor in named_tensors}
 
     def health(self):
@@ -79,6 +83,9 @@ class Sampler:
 
     def checksum(self):
         return checksum(self.tensors.items())
+
+    def score(self, sequences):
+        return [Learner().score(token_ids) + self.off for token_ids in sequences]
 
 
 def test_sync_moves_weights_and_version():
@@ -92,3 +99,25 @@ def test_a_sampler_that_keeps_its_old_weights_or_version_stops_the_run():
         sync(Learner(), Sampler(reported=2))
     with pytest.raises(WeightSyncError, match="did not arrive"):
         sync(Learner(), Sampler(stale="half"))
+
+
+def test_weights_that_did_not_arrive_are_sent_once_more(caplog):
+    class Forgetful(Sampler):
+        def checksum(self):
+            return super().checksum() + (self.loads == 1)
+
+    sampler = Forgetful()
+    assert sync(Learner(), sampler) == 3
+    assert sampler.loads == 2
+    assert "did not arrive" in caplog.text
+
+
+def test_a_sampler_with_the_right_bits_that_computes_something_else_stops_the_run():
+    sampler = Sampler()
+    assert check_probe(Learner(), sampler, (1, 2, 3), 0.1) == {"probe/mean": 0.0, "probe/max": 0.0}
+    sampler.off = 0.2
+    assert check_probe(Learner(), sampler, (1, 2, 3), None)["probe/mean"] == pytest.approx(0.2)
+    for off in (0.2, float("nan")):
+        sampler.off = off
+        with pytest.raises(WeightSyncError, match="computes something else than the learner"):
+            check_probe(Learner(), sampler, (1, 2, 3), 0.1)
