@@ -39,8 +39,10 @@ from grpo.errors import ActorFailed, RunFailed
 from grpo.placement import cluster_address, gpu_shares, knock
 from grpo.rollout.engine import Sampling
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # the reward actor imports this module and does without torch
     import torch
+
+    from grpo.transfer import TensorInfo, Transport
 
 OBJECT_STORE_BYTES = {"recompute": 256 * 2**20, "replay": 2 * 2**30}
 """Shared memory of an instance of our own: groups, scores, a few pieces of the weights at a time, recorded selections."""
@@ -104,7 +106,7 @@ class LearnerActor(Host):
     def stream_weights(self) -> Iterator[Reply]:
         from grpo.weight_sync import pack
 
-        yield from self._stream(lambda: pack(self._part.weights()))
+        yield from self._stream(lambda: pack(self._part.sampler_weights()))
 
 
 class ActorHandle:
@@ -212,10 +214,16 @@ def _streamed(handle: ActorHandle, method: Any, what: str, *arguments: Any) -> G
 
 
 class RayEngine:
-    """The Engine protocol over the rollout actor. Faults of arguments come with the first group, not with the call."""
+    """The Engine protocol over the rollout actor. Faults of arguments come with the first group, not with the call.
 
-    def __init__(self, handle: ActorHandle) -> None:
+    Weights go from actor to actor, the fastest way that their places allow (grpo.transfer); it is chosen at the first load.
+    """
+
+    def __init__(self, handle: ActorHandle, group_deadline_s: float) -> None:
         self._handle = handle
+        self._group_deadline_s = group_deadline_s
+        self._transport: Transport | None = None
+        self._infos: list[TensorInfo] = []
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Group]:
         return _streamed(self._handle, self._handle.actor.generate, "generate", prompts, sampling)
@@ -226,7 +234,44 @@ class RayEngine:
     def load_weights(self, version: int, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         if not isinstance(named_tensors, _RemoteWeights):
             raise ValueError("RayEngine.load_weights takes what RayLearner.weights() returned: weights go from actor to actor")
-        self._handle.result(self._handle.actor.load_from.remote(version, named_tensors.learner.actor), "load_weights")
+        learner = named_tensors.learner
+        if self._transport is None:
+            self._transport = self._prepare(learner)
+        if self._transport == "shared":
+            shared = learner.call("share")
+            if shared is not None:
+                self._handle.call("open_shared", shared)
+            self._handle.call("load_shared", version)
+        elif self._transport == "broadcast":
+            self._both(learner, ("send", self._infos), ("load_broadcast", version, self._infos))
+        else:
+            self._handle.result(self._handle.actor.load_from.remote(version, learner.actor), "load_weights")
+
+    def _prepare(self, learner: ActorHandle) -> Transport:
+        from grpo.transfer import choose_transport
+
+        here, there = self._handle.call("place"), learner.call("place")
+        transport = choose_transport(there, here)
+        if transport == "shared":
+            try:
+                self._handle.call("open_shared", learner.call("share"))
+            except ActorFailed as error:
+                logger.warning("weights go through main memory, as the GPU's cannot be shared between the actors: %s", error)
+                return "bytes"
+        elif transport == "broadcast":
+            self._form_group(learner, 1 + len(here.gpus), "nccl", one_host=here.host == there.host)
+        return transport
+
+    def _form_group(self, learner: ActorHandle, size: int, backend: str, *, one_host: bool) -> None:
+        address = learner.call("open_group", size, backend, self._group_deadline_s, one_host)
+        self._both(learner, ("join_group", address), ("join_group", address))
+        self._infos = learner.call("describe")
+
+    def _both(self, learner: ActorHandle, theirs: tuple[Any, ...], ours: tuple[Any, ...]) -> None:
+        """Two calls that need each other; the sampler's fault is told first."""
+        references = learner.actor.call.remote(*theirs), self._handle.actor.call.remote(*ours)
+        self._handle.result(references[1], ours[0])
+        learner.result(references[0], theirs[0])
 
     def checksum(self) -> int:
         return self._handle.call("checksum")
@@ -327,7 +372,7 @@ class RayRuntime:
         except BaseException:
             self.close()
             raise
-        self.engine = RayEngine(rollout)
+        self.engine = RayEngine(rollout, config.rollout.stall_deadline_s)
         self.scorer = RayScorer(reward)
         self.learner = RayLearner(learner)
 

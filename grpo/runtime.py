@@ -11,9 +11,10 @@ room for processes: the same classes, called directly. Leaves out the order of t
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 
@@ -25,6 +26,7 @@ from grpo.placement import sleeps
 from grpo.rollout.engine import Engine, Sampling
 from grpo.scoring import Scorer
 from grpo.seeding import fold, seed_everything
+from grpo.transfer import GroupAddress, Place, SharedTensor, TensorInfo, WeightGroup, describe, open_shared, open_store, own_place, share
 from grpo.weight_sync import checksum
 
 if TYPE_CHECKING:
@@ -147,10 +149,45 @@ def _build_vllm(config: RunConfig, device: torch.device) -> VllmEngine:
 
 
 class RolloutPart:
-    """The engine of a run."""
+    """The engine of a run, and its end of the ways that weights come."""
 
     def __init__(self, config: RunConfig) -> None:
+        from grpo.learner import resolve_device
+
         self._engine = build_engine(config)
+        self._device, self._num_gpus = resolve_device(config.model.device), config.rollout.tensor_parallel
+        self._shared: list[tuple[str, torch.Tensor]] = []
+        self._group: WeightGroup | None = None
+
+    def place(self) -> Place:
+        return own_place(self._device, self._num_gpus)
+
+    def open_shared(self, shared: Sequence[SharedTensor]) -> None:
+        """Keep the learner's parameters open; they stay where they are while it trains."""
+        self._shared = open_shared(shared, self._device)
+
+    def load_shared(self, version: int) -> None:
+        """Copy what the learner shares, which stands still meanwhile."""
+        self._engine.load_weights(version, iter(self._shared))
+        torch.cuda.synchronize()
+
+    def join_group(self, address: GroupAddress) -> None:
+        from grpo.rollout.vllm_engine import VllmEngine
+
+        if isinstance(self._engine, VllmEngine):
+            self._engine.join_group(address)
+        else:
+            self._group = WeightGroup(address, 1, self._device)
+
+    def load_broadcast(self, version: int, infos: Sequence[TensorInfo]) -> None:
+        """Receive what the learner sends at the same time."""
+        from grpo.rollout.vllm_engine import VllmEngine
+
+        if isinstance(self._engine, VllmEngine):
+            self._engine.receive_weights(version, infos)
+            return
+        assert self._group is not None
+        self._engine.load_weights(version, self._group.receive(infos))
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Group]:
         return self._engine.generate(prompts, sampling)
@@ -186,6 +223,9 @@ class LearnerPart:
         seed_everything(fold(config.train.seed, "learner"))
         self._learner = Learner(config)
         self._sampler_dtype = getattr(torch, config.model.dtype)
+        self._shared_pointers: list[int] = []
+        self._store: Any = None
+        self._group: WeightGroup | None = None
         self._gives_memory_back = sleeps(config) and torch.cuda.is_available()
 
     @property
@@ -209,8 +249,42 @@ class LearnerPart:
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         return self._learner.weights()
 
+    def sampler_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The weights in the sampler's dtype."""
+        return ((name, tensor.to(self._sampler_dtype)) for name, tensor in self._learner.weights())
+
+    def place(self) -> Place:
+        return own_place(self._learner.device)
+
+    def share(self) -> list[SharedTensor] | None:
+        """Handles of the parameters for a process on the same GPU; None where those that were given out last still hold."""
+        torch.cuda.synchronize()
+        pointers = [tensor.data_ptr() for _, tensor in self._learner.weights()]
+        if pointers == self._shared_pointers:
+            return None
+        self._shared_pointers = pointers
+        return share(self._learner.weights())
+
+    def open_group(self, size: int, backend: Literal["nccl", "gloo"], deadline_s: float, one_host: bool) -> GroupAddress:
+        """Where the sampler's ranks find the group; `join_group` has to follow, at the same time as theirs."""
+        host = "127.0.0.1" if one_host else socket.gethostbyname(socket.gethostname())
+        self._store, address = open_store(host, size, deadline_s, backend)
+        return address
+
+    def join_group(self, address: GroupAddress) -> None:
+        self._group = WeightGroup(address, 0, self._learner.device, self._store)
+
+    def describe(self) -> list[TensorInfo]:
+        """What `send` sends."""
+        return describe(self._learner.weights(), self._sampler_dtype)
+
+    def send(self, infos: Sequence[TensorInfo]) -> None:
+        """Broadcast the weights to the sampler's ranks, which receive them at the same time."""
+        assert self._group is not None
+        self._group.send(self._learner.weights(), infos)
+
     def checksum(self) -> int:
-        return checksum((name, tensor.to(self._sampler_dtype)) for name, tensor in self._learner.weights())
+        return checksum(self.sampler_weights())
 
     def score(self, token_ids: Sequence[int]) -> torch.Tensor:
         return self._learner.score(token_ids)

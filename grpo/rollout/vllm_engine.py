@@ -10,6 +10,7 @@ Leaves out where the engine runs and who sends the weights (grpo.runtime, grpo.a
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections import deque
@@ -21,7 +22,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from grpo.data_types import Completion, Group, Prompt
-from grpo.errors import EngineFailed
+from grpo.errors import EngineFailed, RunFailed
 from grpo.memory_plan import size
 from grpo.rollout.engine import Sampling
 from grpo.rollout.requests import check_prompts, check_sequence
@@ -34,6 +35,7 @@ from nsa.config import NSAConfig
 
 if TYPE_CHECKING:
     from grpo.rollout.vllm_driver import Progress
+    from grpo.transfer import GroupAddress, TensorInfo
 
 _T = TypeVar("_T")
 _TEMPERATURES = (0.01, 2.0)
@@ -254,6 +256,22 @@ class VllmEngine:
             ValueError: unknown or missing names, other shapes. The engine then refuses to work until a load succeeds.
             EngineFailed: a request is in progress, or vLLM failed.
         """
+        with self._loading(version):
+            for parcel in self._parcels(named_tensors):
+                self._load("nsa_load", parcel)
+
+    def join_group(self, address: GroupAddress) -> None:
+        """Have every rank join the group that weights are broadcast in: this engine's ranks are 1, 2, …"""
+        self._call("join_group", "nsa_join", address)
+
+    def receive_weights(self, version: int, infos: Sequence[TensorInfo]) -> None:
+        """As `load_weights`, with what the group's rank 0 sends at the same time."""
+        with self._loading(version):
+            self._load("nsa_receive", infos)
+
+    @contextlib.contextmanager
+    def _loading(self, version: int) -> Iterator[None]:
+        """Around everything that brings weights in; an error inside leaves the engine half loaded."""
         self._check_idle("load_weights")
         self._check_fault()
         if self._weights_asleep:
@@ -261,8 +279,7 @@ class VllmEngine:
             self._weights_asleep = False
         self._half_loaded = True
         self._load("nsa_begin_load")
-        for parcel in self._parcels(named_tensors):
-            self._load("nsa_load", parcel)
+        yield
         self._load("nsa_end_load")
         self._forget_prompts()
         self._half_loaded = False
@@ -378,7 +395,7 @@ class VllmEngine:
         try:
             with self._watchdog.watch(what):
                 return work()
-        except EngineFailed as error:  # the watchdog's
+        except RunFailed as error:  # the watchdog's, or of weights on their way
             raise self._failure(str(error)) from error
         except Exception as error:
             if "out of memory" in str(error).lower():

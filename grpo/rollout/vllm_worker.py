@@ -9,11 +9,12 @@ is taken over the very memory that the forward pass reads. Leaves out transport 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 
+from grpo.transfer import GroupAddress, TensorInfo, WeightGroup
 from grpo.weight_sync import checksum
 
 
@@ -22,6 +23,8 @@ class WeightAccess:
 
     get_model: Any
     model_runner: Any
+    device: Any
+    _nsa_group: WeightGroup
     _nsa_known: dict[str, Any]
     _nsa_missing: set[str]
 
@@ -48,6 +51,16 @@ class WeightAccess:
                 parameter.view.copy_(part)
                 self._nsa_missing.discard(name)
         return None
+
+    def nsa_join(self, address: GroupAddress) -> None:
+        """Join the group that weights are broadcast in, behind rank 0, the sender."""
+        from vllm.distributed import get_tensor_model_parallel_rank
+
+        self._nsa_group = WeightGroup(address, 1 + get_tensor_model_parallel_rank(), self.device)
+
+    def nsa_receive(self, infos: Sequence[TensorInfo]) -> str | None:
+        """`nsa_load` of what the group's sender broadcasts."""
+        return self.nsa_load(self._nsa_group.receive(infos))
 
     def nsa_end_load(self) -> str | None:
         """None, or which parameters did not come."""

@@ -19,7 +19,7 @@ from grpo.errors import ActorFailed, RunFailed
 from grpo.log import read_lines
 from grpo.rollout.engine import Sampling
 from grpo.trainer import train
-from grpo.weight_sync import sync
+from grpo.weight_sync import check_probe, sync
 
 pytestmark = pytest.mark.ray
 
@@ -79,6 +79,10 @@ def test_faults_name_their_owner_and_nothing_is_left_behind(runtime, tiny_config
 
     assert sync(learner, engine) == 0
     assert engine.checksum() == learner.checksum()
+    engine._form_group(learner._handle, 2, "gloo", one_host=True)  # what two GPUs do with NCCL
+    engine._transport = "broadcast"
+    assert sync(learner, engine) == 0
+    assert check_probe(learner, engine, (7, 8, 9, 10), 1e-5)["probe/max"] < 1e-5
     names = {name: tensor.shape for name, tensor in learner.weights()}
     assert "model.embed_tokens.weight" in names
     assert [scores.shape for scores in engine.score([[7, 8, 9], [7]])] == [torch.Size([3]), torch.Size([1])]

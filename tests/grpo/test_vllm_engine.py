@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -149,7 +151,15 @@ def test_a_sync_changes_everything_and_one_that_breaks_off_stops_the_engine_unti
 
 @pytest.mark.parametrize("selection", ["recompute", "replay"])
 def test_a_whole_run_in_one_process(tiny_config_of, selection):
-    run_dir = train(tiny_config_of("rollout.engine=vllm", "train.steps=2", f"algorithm.selection={selection}", "rollout.sleep=true"))
+    check_run(train(tiny_config_of("rollout.engine=vllm", "train.steps=2", f"algorithm.selection={selection}", "rollout.sleep=true")))
+
+
+@pytest.mark.ray
+def test_a_whole_run_of_ray_actors(tiny_config_of):
+    check_run(train(tiny_config_of("rollout.engine=vllm", "train.steps=2", "runtime.kind=ray", "runtime.start_deadline_s=200")))
+
+
+def check_run(run_dir: Path) -> None:
     steps = [line for line in read_lines(run_dir / "metrics.jsonl") if "reward" in line]
     assert [line["step"] for line in steps] == [1, 2]
     assert max(line["mismatch/max"] for line in steps) < BOUND
