@@ -62,16 +62,19 @@ def visible(keys, positions, STRIDE: gl.constexpr, OFFSET: gl.constexpr, WINDOW:
 
 @gluon.jit
 def clear_rows(tile, first, count, LAYOUT: gl.constexpr):
-    """Zeros in those rows of a shared tile, whose first row is row `first` of a tensor of `count` rows, that come after the last.
+    """Zeros in those of a shared tile's 64 rows, the first of which is row `first` of a tensor of `count` rows, that come after the last."""
+    present = first + gl.arange(0, 64, layout=gl.SliceLayout(1, LAYOUT)) < count
+    value = tile.load(LAYOUT)
+    tile.store(gl.where(present[:, None], value, gl.zeros_like(value)))
 
-    Both warp groups write the same bytes, so neither waits for the other. Half a tile of 128 rows at a time needs few registers."""
-    for part in gl.static_range(tile.shape[0] // 64):
-        piece = tile.slice(part * 64, 64)
-        present = first + part * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, LAYOUT)) < count
-        value = piece.load(LAYOUT)
-        piece.store(gl.where(present[:, None], value, gl.zeros_like(value)))
+
+@gluon.jit
+def await_clearing(cleared, turn):
+    """Both warp groups have cleared their share for the `turn`-th time, and tensor cores see it."""
     fence_async_shared()
     gl.thread_barrier()
+    mbarrier.arrive(cleared.index(0), count=1)
+    mbarrier.wait(cleared.index(0), turn & 1)
 
 
 @gluon.jit
@@ -116,7 +119,7 @@ def fill_first(common, done, head, first_key, num_keys, first, last, STRIDE: gl.
     descs, buffers, rings, _tensors, _tables, strides, _scale, _num_tiles, _num_heads = common
     k_desc, v_desc = descs
     _, keys, values = buffers
-    k_ready, k_empty, v_ready, v_empty = rings
+    k_ready, k_empty, v_ready, v_empty, _cleared = rings
     stages: gl.constexpr = keys.type.shape[0]
     width: gl.constexpr = keys.type.shape[1]
     begin, _, _, end = key_range(first, last, num_keys, STRIDE, OFFSET, WINDOW)
@@ -138,7 +141,7 @@ def forward_rows(
     descs, buffers, rings, tensors, tables, strides, scale, num_tiles, num_heads = common
     k_desc, v_desc = descs
     queries, keys, values = buffers
-    k_ready, k_empty, v_ready, v_empty = rings
+    k_ready, k_empty, v_ready, v_empty, cleared = rings
     Q, Gate, Out, Branch, Lse = tensors
     stride_q, stride_qh, stride_kh, stride_vh, stride_g, stride_gh, stride_o, stride_oh, stride_b, stride_bh, stride_l = strides
     STAGES: gl.constexpr = keys.type.shape[0]
@@ -164,7 +167,7 @@ def forward_rows(
     query_tile.store(gl.load(first_at[:, None] + dims, mask=valid[:, None], other=0.0))
     fence_async_shared()
     gl.thread_barrier()
-    done = 0
+    done, clearings = 0, 0
     for index in range(gl.program_id(0), num_units, step):
         next_head, next_start, next_row, next_first_key, next_queries, next_keys, next_first, next_last = place_of(
             gl.minimum(index + step, num_units - 1), num_heads, tables, QUERIES
@@ -203,7 +206,13 @@ def forward_rows(
             weights = gl.convert_layout(p.to(Q.dtype.element_ty), weight_layout)
         slot = await_tile(v_ready, done + count - 1)
         if begin + count * KEYS > num_keys:
-            clear_rows(values.index(slot), begin + (count - 1) * KEYS, num_keys, wide)
+            last_key = begin + (count - 1) * KEYS
+            if KEYS == 128:
+                clear_rows(values.index(slot).slice(WARP_GROUP * 64, 64), last_key + WARP_GROUP * 64, num_keys, wide)
+            elif WARP_GROUP == 0:
+                clear_rows(values.index(slot), last_key, num_keys, wide)
+            await_clearing(cleared, clearings)
+            clearings += 1
         adding = warpgroup_mma(weights, values.index(slot), acc, is_async=True)
         done += count
         more = index + step < num_units
@@ -258,15 +267,16 @@ def forward_kernel(
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    cleared = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(cleared.index(0), count=2)
     for i in gl.static_range(STAGES):
         mbarrier.init(k_ready.index(i), count=1)
         mbarrier.init(k_empty.index(i), count=2)
         mbarrier.init(v_ready.index(i), count=1)
         mbarrier.init(v_empty.index(i), count=2)
     fence_async_shared()
-    common = (
-        (k_desc, v_desc), (queries, keys, values), (k_ready, k_empty, v_ready, v_empty), tensors, tables, strides, scale, num_tiles, num_heads,
-    )  # fmt: skip
+    rings = (k_ready, k_empty, v_ready, v_empty, cleared)
+    common = ((k_desc, v_desc), (queries, keys, values), rings, tensors, tables, strides, scale, num_tiles, num_heads)
     gl.warp_specialize(
         [
             (forward_rows, (common, 0, GROUP, STRIDE, OFFSET, WINDOW, ACCUMULATE, KEEP)),

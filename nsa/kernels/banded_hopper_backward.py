@@ -11,6 +11,7 @@ from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_a
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from nsa.kernels.banded_hopper import (
+    await_clearing,
     await_tile,
     clear_rows,
     copied_in_bulk,
@@ -42,13 +43,17 @@ def fill_pair(descs, buffers, ready, empty, number, row, columns):
 
 
 @gluon.jit
-def start_scores(query_tile, buffers, ready, number, key, num_keys, zeros, LAYOUT: gl.constexpr):
+def start_scores(query_tile, buffers, rings, number, key, num_keys, turn, zeros, WARP_GROUP: gl.constexpr, LAYOUT: gl.constexpr):
     """Starts q·kᵀ of the `number`-th tile of keys once it is there and rows that the sequence does not have are cleared."""
     keys, values = buffers
+    ready, _empty, cleared = rings
     slot = await_tile(ready, number)
     if key + keys.type.shape[1] > num_keys:
-        clear_rows(keys.index(slot), key, num_keys, LAYOUT)
-        clear_rows(values.index(slot), key, num_keys, LAYOUT)
+        if WARP_GROUP == 0:
+            clear_rows(keys.index(slot), key, num_keys, LAYOUT)
+        else:
+            clear_rows(values.index(slot), key, num_keys, LAYOUT)
+        await_clearing(cleared, turn)
     return slot, warpgroup_mma(query_tile, keys.index(slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
 
 
@@ -65,7 +70,8 @@ def row_weights(scores, shift, scale, key, bounds, keys, positions, STRIDE: gl.c
 @gluon.jit
 def fill_first_pairs(common, done, head, first_key, num_keys, first, last, STRIDE: gl.constexpr, OFFSET: gl.constexpr, WINDOW: gl.constexpr):
     """Starts the copies of the first tiles of K and V for queries at positions first … last, after `done` others."""
-    descs, buffers, _, ready, empty, _tensors, _tables, strides, _score_scale, _scale, _num_tiles, _num_heads = common
+    descs, buffers, _, rings, _tensors, _tables, strides, _score_scale, _scale, _num_tiles, _num_heads = common
+    ready, empty, _cleared = rings
     keys, _ = buffers
     stages: gl.constexpr = keys.type.shape[0]
     width: gl.constexpr = keys.type.shape[1]
@@ -82,7 +88,8 @@ def dq_rows(
     WARP_GROUP: gl.constexpr, GROUP: gl.constexpr, STRIDE: gl.constexpr, OFFSET: gl.constexpr, WINDOW: gl.constexpr, ACCUMULATE: gl.constexpr,
 ):  # fmt: skip
     """Rows 64·WARP_GROUP … of each of the program's tiles; the statistics are those of `banded_kernels.dq_kernel`."""
-    descs, buffers, query_buffers, ready, empty, tensors, tables, strides, score_scale, scale, num_tiles, num_heads = common
+    descs, buffers, query_buffers, rings, tensors, tables, strides, score_scale, scale, num_tiles, num_heads = common
+    ready, empty, _cleared = rings
     queries, d_outs = query_buffers
     keys, values = buffers
     Q, DOut, Gate, Lse, Delta, DQ, Before, Stats = tensors
@@ -115,7 +122,7 @@ def dq_rows(
     d_out_tile.store(gl.load(first_at[:, None] + dims, mask=valid, other=0.0))
     fence_async_shared()
     gl.thread_barrier()
-    done = 0
+    done, clearings = 0, 0
     for index in range(gl.program_id(0), num_units, step):
         next_head, next_start, next_row, next_first_key, next_queries, next_keys, next_first, next_last = place_of(
             gl.minimum(index + step, num_units - 1), num_heads, tables, QUERIES
@@ -138,7 +145,7 @@ def dq_rows(
         positions = first + rows // GROUP
         bounds = (all_begin, all_end)
         acc = gl.zeros([64, DIM], gl.float32, layout=mma_o)
-        slot, scores = start_scores(query_tile, buffers, ready, done, begin, num_keys, zeros, wide)
+        slot, scores = start_scores(query_tile, buffers, rings, done, begin, num_keys, clearings, zeros, WARP_GROUP, wide)
         d_p = warpgroup_mma(d_out_tile, values.index(slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
         scores = warpgroup_mma_wait(1, deps=[scores])
         for i in range(1, count):
@@ -147,7 +154,7 @@ def dq_rows(
                     fill_pair(descs, buffers, ready, empty, done + i + STAGES - 2, key_row + (i + STAGES - 2) * KEYS, places)
             p = row_weights(scores, shift, score_scale, begin + (i - 1) * KEYS, bounds, columns, positions, STRIDE, OFFSET, WINDOW)
             d_p = warpgroup_mma_wait(0, deps=[d_p])
-            slot, coming = start_scores(query_tile, buffers, ready, done + i, begin + i * KEYS, num_keys, zeros, wide)
+            slot, coming = start_scores(query_tile, buffers, rings, done + i, begin + i * KEYS, num_keys, clearings, zeros, WARP_GROUP, wide)
             d_scores = gl.convert_layout((p * (d_p - delta[:, None])).to(Q.dtype.element_ty), weight_layout)
             before = (done + i - 1) % STAGES
             adding = warpgroup_mma(d_scores, keys.index(before), acc, is_async=True)
@@ -160,6 +167,8 @@ def dq_rows(
         before = (done + count - 1) % STAGES
         adding = warpgroup_mma(d_scores, keys.index(before), acc, is_async=True)
         done += count
+        if begin + count * KEYS > num_keys:
+            clearings += 1
         more = index + step < num_units
         next_valid = ((next_start + wide_rows // GROUP < next_queries) & (wide_rows < QUERIES * GROUP) & more)[:, None]
         at = row_pointers(Q + next_head * GROUP * stride_qh, next_row, stride_q, stride_qh, wide_rows, GROUP)
@@ -205,13 +214,14 @@ def dq_kernel(
     values = gl.allocate_shared_memory(DTYPE, [STAGES, KEYS, DIM], v_desc.layout)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    cleared = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(cleared.index(0), count=2)
     for i in gl.static_range(STAGES):
         mbarrier.init(ready.index(i), count=1)
         mbarrier.init(empty.index(i), count=2)
     fence_async_shared()
-    common = (
-        (k_desc, v_desc), (keys, values), (queries, d_outs), ready, empty, tensors, tables, strides, score_scale, scale, num_tiles, num_heads,
-    )  # fmt: skip
+    rings = (ready, empty, cleared)
+    common = ((k_desc, v_desc), (keys, values), (queries, d_outs), rings, tensors, tables, strides, score_scale, scale, num_tiles, num_heads)
     gl.warp_specialize(
         [
             (dq_rows, (common, 0, GROUP, STRIDE, OFFSET, WINDOW, ACCUMULATE)),
@@ -266,7 +276,7 @@ def dkdv_keys(
     q_desc, do_desc = descs
     keys, values = key_buffers
     queries, d_outs = buffers
-    q_ready, do_ready, empty = rings
+    q_ready, do_ready, empty, cleared = rings
     K, V, Stats, DKey, DValue = tensors
     Tiles, QueryEnds, TokenEnds, KeyEnds = tables
     (
@@ -318,8 +328,11 @@ def dkdv_keys(
         slot = await_tile(q_ready, i)
         await_tile(do_ready, i)
         if query + QUERIES > num_queries:
-            clear_rows(queries.index(slot), query * GROUP, num_queries * GROUP, wide)
-            clear_rows(d_outs.index(slot), query * GROUP, num_queries * GROUP, wide)
+            if WARP_GROUP == 0:
+                clear_rows(queries.index(slot), query * GROUP, num_queries * GROUP, wide)
+            else:
+                clear_rows(d_outs.index(slot), query * GROUP, num_queries * GROUP, wide)
+            await_clearing(cleared, 0)  # only the sequence's last tile: once in a program
         scores = warpgroup_mma(key_tile, queries.index(slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
         d_p = warpgroup_mma(value_tile, d_outs.index(slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
         copy_stats(stats.index(2 * WARP_GROUP + (i + 1) % 2), source, (packed + (i + 1) * QUERIES) * GROUP, last_row, stats_size, line)
@@ -380,14 +393,15 @@ def dkdv_kernel(
     q_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     do_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    cleared = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(cleared.index(0), count=2)
     for i in gl.static_range(STAGES):
         mbarrier.init(q_ready.index(i), count=1)
         mbarrier.init(do_ready.index(i), count=1)
         mbarrier.init(empty.index(i), count=2)
     fence_async_shared()
-    common = (
-        (q_desc, do_desc), (keys, values), (queries, d_outs), stats, (q_ready, do_ready, empty), tensors, tables, strides, score_scale, scale,
-    )  # fmt: skip
+    rings = (q_ready, do_ready, empty, cleared)
+    common = ((q_desc, do_desc), (keys, values), (queries, d_outs), stats, rings, tensors, tables, strides, score_scale, scale)
     gl.warp_specialize(
         [
             (dkdv_keys, (common, 0, GROUP, STRIDE, OFFSET, WINDOW, SPLIT)),

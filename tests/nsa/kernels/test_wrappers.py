@@ -18,8 +18,10 @@ SMALL = SparsityConfig(compress_block_size=8, compress_stride=4, select_block_si
 PAPER = SparsityConfig()
 
 
-def compiled_against_eager(inputs: AttentionInputs, compiler: str) -> None:
-    """One graph without breaks gives the eager bits, output and every gradient. The plan is made outside: lengths are data."""
+def compiled_against_eager(inputs: AttentionInputs, compiler: str, allowed: float = 0.0) -> None:
+    """One graph without breaks gives the eager bits, output and every gradient. The plan is made outside: lengths are data.
+
+    allowed: relative error of φ's own gradients, whose last steps are plain matrix products outside of our operators."""
     num_heads = inputs.q.shape[1]
     plan = plan_batch(inputs.cu_seqlens, inputs.cu_seqlens_k, config=inputs.config, num_heads=num_heads, device=inputs.q.device, backend="triton")
 
@@ -36,7 +38,8 @@ def compiled_against_eager(inputs: AttentionInputs, compiler: str) -> None:
         out.square().sum().backward()
         results.append({"out": out} | {name: leaf.grad for name, leaf in x.leaves.items()})
     for name, value in results[0].items():
-        assert torch.equal(value, results[1][name]), name
+        error = relative_rms(results[1][name], value)
+        assert error <= (allowed if name.startswith("phi") else 0.0), f"{name}: {error:.1e}"
 
 
 @pytest.mark.parametrize("compressor", ["mlp", "mean"])
@@ -54,7 +57,7 @@ def test_torch_compile_with_inductor() -> None:
 
     options = {"num_kv_heads": 1, "group_size": 4, "key_dim": 64, "value_dim": 64, "dtype": torch.bfloat16, "device": "cuda"}
     with inductor.patch(compile_threads=1):
-        compiled_against_eager(make_inputs(PAPER, lengths=[300, 90], **options), "inductor")
+        compiled_against_eager(make_inputs(PAPER, lengths=[300, 90], **options), "inductor", allowed=5e-3)
 
 
 def test_autocast_changes_nothing_inside_and_takes_keys_of_another_dtype() -> None:
