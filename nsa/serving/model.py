@@ -240,6 +240,6 @@ class NSAForCausalLM(nn.Module):
         caches = [layer.self_attn.attention.selected for layer in layers]
         if caches[0] is None:
             raise ValueError('start vLLM with additional_config={"nsa_record_selection": True} to read selections')
-        size = caches[0].kv_cache.shape[1]
-        pages = request_pages(runner, request_id, -(-num_tokens // size))
-        return torch.stack([cache.kv_cache[pages.to(cache.kv_cache.device)].flatten(0, 1)[:num_tokens] for cache in caches], dim=1).cpu()
+        tables = [cache.pages() for cache in caches]
+        pages = request_pages(runner, request_id, -(-num_tokens // tables[0].shape[1])).to(tables[0].device)
+        return torch.stack([table[pages].flatten(0, 1)[:num_tokens] for table in tables], dim=1).cpu()

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ import torch
 if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheSpec
 
-TESTED = ("0.25.1", "0.27.1")
+TESTED = ("0.25.1", "0.27.1", "0.32.0")
 
 
 @lru_cache(maxsize=1)
@@ -36,7 +37,19 @@ def side_spec(*, page_size: int, stride: int, num_kv_heads: int, dim: int, dtype
     """A cache with one vector a head for every `stride` tokens, `[pages, page/stride, num_kv_heads, dim]`, in the raw cache's group."""
     from vllm.v1.kv_cache_interface import MLAAttentionSpec
 
-    return MLAAttentionSpec(block_size=page_size, num_kv_heads=num_kv_heads, head_size=dim, dtype=dtype, compress_ratio=stride)
+    compression: dict[str, Any] = {"compress_ratio" if "compress_ratio" in MLAAttentionSpec.__dataclass_fields__ else "tokens_per_state": stride}
+    return MLAAttentionSpec(block_size=page_size, num_kv_heads=num_kv_heads, head_size=dim, dtype=dtype, **compression)
+
+
+def as_pages(cache: torch.Tensor, *shape: int) -> torch.Tensor:
+    """A bound cache as `[pages, *shape]`. Since 0.28 or so it comes as `[pages, heads, states, content]` over the same memory, a
+    page at a time, instead of in the shape that the backend names."""
+    if cache.shape[1:] == shape:
+        return cache
+    strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+    size = math.prod(shape)
+    assert cache.stride(0) == size and cache[0].numel() == size, (cache.shape, cache.stride(), shape)
+    return cache.as_strided((cache.shape[0], *shape), (size, *strides))
 
 
 def request_pages(runner: Any, request_id: str, count: int) -> torch.Tensor:

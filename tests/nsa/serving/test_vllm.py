@@ -219,7 +219,7 @@ def test_the_second_cache_is_a_dth_of_the_first(separate: Served, shared: Served
     for served, recorded in ((separate, 4), (shared, 5)):
         config = served.model.config
         layer = served.vllm_model.model.layers[0].self_attn.attention
-        raw, compressed, selected = (x.kv_cache for x in (layer, layer.compressed, layer.selected))
+        raw, compressed, selected = layer.cache().raw, layer.compressed.pages(), layer.selected.pages()
         assert compressed.nbytes <= (1 / config.compress_stride + 0.003) * raw.nbytes
         assert raw.shape == (70, 2, config.page_size, (3 if config.kv == "separate" else 1) * 2, max(config.head_dim, config.value_head_dim))
         assert compressed.shape == (70, config.page_size // config.compress_stride, 2, config.head_dim + config.value_head_dim)
