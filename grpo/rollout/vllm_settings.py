@@ -5,6 +5,7 @@ Leaves out starting it (vllm_driver.py) and using it (vllm_engine.py).
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 from dataclasses import dataclass
 
@@ -73,9 +74,14 @@ def vllm_settings(config: RunConfig, device: str, gpu_bytes: int | None) -> Vllm
 
 
 def check_installed() -> None:
-    """Raise ValueError where vLLM is missing."""
+    """Raise ValueError where vLLM is missing, or does not find our plugin (a package's entry points are in its metadata)."""
     if importlib.util.find_spec("vllm") is None:
         raise ValueError("rollout.engine is vllm, but vLLM is not installed here: pip install 'nsa-grpo[vllm]', or set rollout.engine to torch")
+    plugins = importlib.metadata.entry_points(group="vllm.general_plugins")
+    if not any(plugin.value.startswith("nsa.serving") for plugin in plugins):
+        raise ValueError(
+            "vLLM is installed, but does not find the plugin for NSA models: install nsa-grpo itself with pip (a PYTHONPATH is not enough)"
+        )
 
 
 def _cache_bytes(config: RunConfig, model: NSAConfig, device: str, *, records: bool) -> int | None:
