@@ -26,7 +26,7 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.utils.torch_utils import direct_register_custom_op
 from vllm.v1.attention.backend import AttentionBackend, AttentionCGSupport, AttentionMetadata, AttentionMetadataBuilder, CommonAttentionMetadata
 
-from nsa.attention import BranchKV, LayerCache, nsa_attention, nsa_decode, plan_batch
+from nsa.attention import BranchKV, LayerCache, nsa_attention, nsa_decode, plan_batch, resolve_backend
 from nsa.blocks import selection_dtype
 from nsa.cache import CacheWrite, plan_write, read_tokens, write_layer
 from nsa.serving.plugin import ATTENTION_OP
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from nsa.kernels.tiles import KernelPlan
     from nsa.packing import Packing
 
-GATHERED_KEYS = 2**17
+GATHERED_KEYS = 2**16
 """Cached tokens that one attention call of a prefill step copies out of the pages, at least one sequence's."""
 RECORD_SELECTION = "nsa_record_selection"
 """Key of vLLM's `additional_config`: keep every token's block choices beside its page."""
@@ -62,6 +62,7 @@ class StepMetadata(AttentionMetadata):
     """One step's batch, shared by all layers. The first `num_decodes` rows have one new token each (`seq_lens` 0: padding);
     `write` is made on the device by the first layer of each pass (inside the CUDA graph, where there is one)."""
 
+    num_tokens: int
     num_decodes: int
     block_table: torch.Tensor
     seq_lens: torch.Tensor
@@ -99,7 +100,9 @@ class NSAMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
         columns = min(common.block_table_tensor.shape[1], -(-common.max_seq_len // self.page_size))
         if common.max_query_len <= 1:
             table = common.block_table_tensor[: common.num_reqs, :columns]
-            return StepMetadata(num_decodes=common.num_reqs, block_table=table, seq_lens=common.seq_lens[: common.num_reqs])
+            return StepMetadata(
+                num_tokens=common.num_reqs, num_decodes=common.num_reqs, block_table=table, seq_lens=common.seq_lens[: common.num_reqs]
+            )
         ends = common.query_start_loc_cpu.long()
         counts = ends.diff()
         num_rows = int((counts > 0).sum())  # padded rows, at the end, have no tokens
@@ -111,6 +114,7 @@ class NSAMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
         complete = ((positions >= l - 1) & ((positions - (l - 1)) % d == 0)).nonzero().flatten()
         table = common.block_table_tensor[:num_rows, :columns]
         return StepMetadata(
+            num_tokens=len(rows),
             num_decodes=num_decodes,
             block_table=table,
             seq_lens=common.seq_lens[:num_rows],
@@ -256,6 +260,8 @@ class NSACacheLayer(nn.Module, AttentionLayerBase):
         self.page_size: int = serving.cache_config.block_size
         announce(self, name)
         dim = self.key_dim + self.value_dim
+        gathered = max(GATHERED_KEYS, serving.model_config.max_model_len)
+        self.workspace_bytes = 2 * gathered * 2 * self.num_rows * max(self.key_dim, self.value_dim) * dtype.itemsize
         self.compressed = SideCache(f"{name}.compressed", stride=self.sparsity.compress_stride, num_kv_heads=num_kv_heads, dim=dim, dtype=dtype)
         self.selected = None
         if serving.additional_config.get(RECORD_SELECTION):
@@ -282,44 +288,55 @@ class NSACacheLayer(nn.Module, AttentionLayerBase):
 
     def attend(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, gates: torch.Tensor, out: torch.Tensor, step: StepMetadata) -> None:
         """What the operator does, with this step's metadata. Rows of `out` that no request has are left as they are."""
-        cache = self.cache()
-        if self.first or step.write is None:
+        cache, phi, on_kernels = self.cache(), self.phi(), resolve_backend(self.backend_name, q.device) == "triton"
+        keys, values = keys[: step.num_tokens], values[: step.num_tokens]
+        if self.first and (self.selected is not None or not on_kernels):
             step.write = step.plan_write(cache.page_size, self.sparsity)
-        num_tokens = len(step.write.raw_slots)
-        key_sets = keys[:num_tokens].split(self.num_kv_heads, dim=1)
-        value_sets = values[:num_tokens].split(self.num_kv_heads, dim=1)
-        phi = self.phi()
-        write_layer(cache, key_sets, value_sets, step.write, phi)
+        key_sets, value_sets = keys.split(self.num_kv_heads, dim=1), values.split(self.num_kv_heads, dim=1)
+        if on_kernels:
+            from nsa.kernels.page_write import write_pages
+
+            positions = step.seq_lens if step.positions_T is None else step.positions_T
+            write_pages(
+                cache, keys, values, step.block_table, positions, rows=step.rows_T, complete=step.complete, phi=phi, config=self.sparsity
+            )  # fmt: skip
+        else:
+            assert step.write is not None
+            write_layer(cache, key_sets, value_sets, step.write, phi)
         common: dict[str, Any] = {"phi": phi, "config": self.sparsity, "return_selection": self.selected is not None}
         count = step.num_decodes
         if count:
             table, lengths = step.block_table[:count], step.seq_lens[:count]
             result = nsa_decode(q[:count, None], cache, table, lengths, gates[:count, None], backend=self.backend_name, **common)
-            self._store(out, slice(0, count), result, step.write)
+            self._store(out, slice(0, count), result, step)
         for part in step.prefills:
             if part.key_slots is None:
                 sets = [(k[part.rows], v[part.rows]) for k, v in zip(key_sets, value_sets, strict=True)]
             else:
                 sets = list(zip(*read_tokens(cache, part.key_slots), strict=True))
             kv = BranchKV(*sets) if len(sets) == 3 else BranchKV(sets[0], sets[0], sets[0])
-            self._store(out, part.rows, nsa_attention(q[part.rows], kv, gates[part.rows], cu_seqlens=part.plan, **common), step.write)
+            self._store(out, part.rows, nsa_attention(q[part.rows], kv, gates[part.rows], cu_seqlens=part.plan, **common), step)
 
-    def _store(self, out: torch.Tensor, rows: slice, result: torch.Tensor | tuple[torch.Tensor, torch.Tensor], write: CacheWrite) -> None:
+    def _store(self, out: torch.Tensor, rows: slice, result: torch.Tensor | tuple[torch.Tensor, torch.Tensor], step: StepMetadata) -> None:
         """Keep attention's result for some rows of the step, and their block choices where they are recorded."""
         attended, chosen = result if isinstance(result, tuple) else (result, None)
         out[rows] = attended.reshape(out[rows].shape)
-        if self.selected is not None and chosen is not None:
+        if self.selected is not None and chosen is not None and step.write is not None:
             slots = self.selected.pages().flatten(0, 1)
-            slots[write.raw_slots[rows]] = chosen.reshape(-1, *slots.shape[1:]).to(slots.dtype)
+            slots[step.write.raw_slots[rows]] = chosen.reshape(-1, *slots.shape[1:]).to(slots.dtype)
 
 
 def nsa_sparse_attention(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, gates: torch.Tensor, out: torch.Tensor, layer_name: str) -> None:
-    """The operator: finds its layer and the step's metadata. Without metadata (vLLM measures memory) it writes zeros."""
+    """The operator: finds its layer and the step's metadata. Without metadata (vLLM measures memory) it writes zeros and takes
+    the memory that a prefill of cached sequences would."""
     context = get_forward_context()
+    layer = context.no_compile_layers[layer_name]
     if not isinstance(context.attn_metadata, dict):
+        if q.device.type == "cuda":
+            torch.empty(layer.workspace_bytes, dtype=torch.uint8, device=q.device)
         out.zero_()
         return
-    context.no_compile_layers[layer_name].attend(q, keys, values, gates, out, context.attn_metadata[layer_name])
+    layer.attend(q, keys, values, gates, out, context.attn_metadata[layer_name])
 
 
 def _nothing(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, gates: torch.Tensor, out: torch.Tensor, layer_name: str) -> None:
