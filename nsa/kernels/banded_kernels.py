@@ -84,12 +84,25 @@ def visible(keys, positions, STRIDE: tl.constexpr, OFFSET: tl.constexpr, WINDOW:
 
 
 @triton.jit
+def add_exactly(total, lost, x):
+    """total + x by Kahan's summation; `lost` is what rounding has added too much so far."""
+    x -= lost
+    grown = total + x
+    return grown, (grown - total) - x
+
+
+@triton.jit
 def attend(
-    acc, row_sum, row_max, q, k, v, stride_k, stride_v, begin, end, positions, num_keys, scale,
+    state, q, k, v, stride_k, stride_v, begin, end, positions, num_keys, scale,
     DK: tl.constexpr, DV: tl.constexpr, WIDTH_K: tl.constexpr, WIDTH_V: tl.constexpr,
     STRIDE: tl.constexpr, OFFSET: tl.constexpr, WINDOW: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax (base 2) of a query tile over the key tiles from `begin` to `end`."""
+    """Online softmax (base 2) of a query tile over the key tiles from `begin` to `end`.
+
+    In fp32 sums over tiles are compensated: a row may have 65,536 compressed tokens, and what the sums lose there comes back in
+    gradients of φ, most of whose parts cancel."""
+    acc, acc_lost, row_sum, sum_lost, row_max = state
+    EXACT: tl.constexpr = q.dtype == tl.float32
     for start in range(begin, end, BLOCK):
         key = load_rows(k, start, stride_k, num_keys, DK, WIDTH_K, BLOCK, MASKED)
         scores = tl.dot(q, tl.trans(key), input_precision=PRECISION)
@@ -104,12 +117,16 @@ def attend(
             shift = new_max
             probabilities = tl.exp2(scores * scale - shift[:, None])
         decay = tl.exp2(row_max - shift)
-        row_sum = row_sum * decay + tl.sum(probabilities, 1)
-        acc = acc * decay[:, None]
+        row_sum, acc = row_sum * decay, acc * decay[:, None]
         value = load_rows(v, start, stride_v, num_keys, DV, WIDTH_V, BLOCK, MASKED)
-        acc = tl.dot(probabilities.to(value.dtype), value, acc, input_precision=PRECISION)
+        if EXACT:
+            row_sum, sum_lost = add_exactly(row_sum, sum_lost * decay, tl.sum(probabilities, 1))
+            acc, acc_lost = add_exactly(acc, acc_lost * decay[:, None], tl.dot(probabilities, value, input_precision=PRECISION))
+        else:
+            row_sum += tl.sum(probabilities, 1)
+            acc = tl.dot(probabilities.to(value.dtype), value, acc, input_precision=PRECISION)
         row_max = new_max
-    return acc, row_sum, row_max
+    return acc, acc_lost, row_sum, sum_lost, row_max
 
 
 @triton.jit
@@ -136,23 +153,23 @@ def forward_kernel(
     last = ahead + tl.minimum(start + QUERIES, num_queries) - 1
     begin, masked_end, full_end, end = key_range(ahead + start, last, num_keys, STRIDE, OFFSET, WINDOW, KEYS)
 
-    acc = tl.zeros([ROWS, WIDTH_V], tl.float32)
-    row_sum = tl.zeros([ROWS], tl.float32)
-    row_max = tl.full([ROWS], float("-inf"), tl.float32)
+    nothing, none = tl.zeros([ROWS, WIDTH_V], tl.float32), tl.zeros([ROWS], tl.float32)
+    state = (nothing, nothing, none, none, tl.full([ROWS], float("-inf"), tl.float32))
     if WINDOW > 0:
-        acc, row_sum, row_max = attend(
-            acc, row_sum, row_max, q, k, v, stride_k, stride_v, begin, masked_end, positions, num_keys, scale,
+        state = attend(
+            state, q, k, v, stride_k, stride_v, begin, masked_end, positions, num_keys, scale,
             DK, DV, WIDTH_K, WIDTH_V, STRIDE, OFFSET, WINDOW, KEYS, True, PRECISION,
         )  # fmt: skip
-    acc, row_sum, row_max = attend(
-        acc, row_sum, row_max, q, k, v, stride_k, stride_v, masked_end, full_end, positions, num_keys, scale,
+    state = attend(
+        state, q, k, v, stride_k, stride_v, masked_end, full_end, positions, num_keys, scale,
         DK, DV, WIDTH_K, WIDTH_V, STRIDE, OFFSET, WINDOW, KEYS, False, PRECISION,
     )  # fmt: skip
-    acc, row_sum, row_max = attend(
-        acc, row_sum, row_max, q, k, v, stride_k, stride_v, full_end, end, positions, num_keys, scale,
+    state = attend(
+        state, q, k, v, stride_k, stride_v, full_end, end, positions, num_keys, scale,
         DK, DV, WIDTH_K, WIDTH_V, STRIDE, OFFSET, WINDOW, BORDER, True, PRECISION,
     )  # fmt: skip
 
+    acc, _, row_sum, _, row_max = state
     some = row_sum > 0
     acc = acc / tl.where(some, row_sum, 1.0)[:, None]
     lse = tl.where(some, (row_max + tl.log2(tl.where(some, row_sum, 1.0))) * 0.6931471805599453, float("-inf"))
@@ -172,11 +189,13 @@ def forward_kernel(
 
 @triton.jit
 def gather_dq(
-    acc, q, d_out, shift, delta, k, v, stride_k, stride_v, begin, end, positions, num_keys, scale,
+    state, q, d_out, shift, delta, k, v, stride_k, stride_v, begin, end, positions, num_keys, scale,
     DK: tl.constexpr, DV: tl.constexpr, WIDTH_K: tl.constexpr, WIDTH_V: tl.constexpr,
     STRIDE: tl.constexpr, OFFSET: tl.constexpr, WINDOW: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq of a query tile from the key tiles from `begin` to `end` (shift and delta: see `dq_kernel`)."""
+    """dq of a query tile from the key tiles from `begin` to `end` (shift and delta: see `dq_kernel`; exactness as in `attend`)."""
+    acc, lost = state
+    EXACT: tl.constexpr = q.dtype == tl.float32
     for start in range(begin, end, BLOCK):
         key = load_rows(k, start, stride_k, num_keys, DK, WIDTH_K, BLOCK, MASKED)
         value = load_rows(v, start, stride_v, num_keys, DV, WIDTH_V, BLOCK, MASKED)
@@ -186,8 +205,11 @@ def gather_dq(
             scores = tl.where(seen, scores, float("-inf"))
         probabilities = tl.exp2(scores)
         d_scores = probabilities * (tl.dot(d_out, tl.trans(value), input_precision=PRECISION) - delta[:, None])
-        acc = tl.dot(d_scores.to(key.dtype), key, acc, input_precision=PRECISION)
-    return acc
+        if EXACT:
+            acc, lost = add_exactly(acc, lost, tl.dot(d_scores, key, input_precision=PRECISION))
+        else:
+            acc = tl.dot(d_scores.to(key.dtype), key, acc, input_precision=PRECISION)
+    return acc, lost
 
 
 @triton.jit
@@ -229,24 +251,25 @@ def dq_kernel(
     last = ahead + tl.minimum(start + QUERIES, num_queries) - 1
     begin, masked_end, full_end, end = key_range(ahead + start, last, num_keys, STRIDE, OFFSET, WINDOW, KEYS)
 
-    acc = tl.zeros([ROWS, WIDTH_K], tl.float32)
+    nothing = tl.zeros([ROWS, WIDTH_K], tl.float32)
+    state = (nothing, nothing)
     if WINDOW > 0:
-        acc = gather_dq(
-            acc, q, d_out, shift, delta, k, v, stride_k, stride_v, begin, masked_end, positions, num_keys, score_scale,
+        state = gather_dq(
+            state, q, d_out, shift, delta, k, v, stride_k, stride_v, begin, masked_end, positions, num_keys, score_scale,
             DK, DV, WIDTH_K, WIDTH_V, STRIDE, OFFSET, WINDOW, KEYS, True, PRECISION,
         )  # fmt: skip
-    acc = gather_dq(
-        acc, q, d_out, shift, delta, k, v, stride_k, stride_v, masked_end, full_end, positions, num_keys, score_scale,
+    state = gather_dq(
+        state, q, d_out, shift, delta, k, v, stride_k, stride_v, masked_end, full_end, positions, num_keys, score_scale,
         DK, DV, WIDTH_K, WIDTH_V, STRIDE, OFFSET, WINDOW, KEYS, False, PRECISION,
     )  # fmt: skip
-    acc = gather_dq(
-        acc, q, d_out, shift, delta, k, v, stride_k, stride_v, full_end, end, positions, num_keys, score_scale,
+    state = gather_dq(
+        state, q, d_out, shift, delta, k, v, stride_k, stride_v, full_end, end, positions, num_keys, score_scale,
         DK, DV, WIDTH_K, WIDTH_V, STRIDE, OFFSET, WINDOW, BORDER, True, PRECISION,
     )  # fmt: skip
 
     dims = tl.arange(0, WIDTH_K)
     stored = valid[:, None] & (dims < DK)[None, :]
-    acc = acc * scale
+    acc = state[0] * scale
     if ACCUMULATE:
         before = Before + row * stride_b + group * stride_bh + row_offsets(stride_b, stride_bh, GROUP, ROWS)[:, None] + dims[None, :]
         acc += tl.load(before, mask=stored, other=0.0)

@@ -32,7 +32,7 @@ def run(inputs: AttentionInputs, d_out: torch.Tensor, backend: str, **options) -
 def test_the_last_queries_of_a_million_tokens() -> None:
     """Chunked prefill: 24 queries after 1,048,576 - 24 tokens, forward and backward in fp32 against fp64.
 
-    dq adds up 65,536 compressed tokens one tile after the other: 1.3e-5 was seen, so gradients get twice the usual bound."""
+    φ's gradients are sums over 65,536 blocks most of whose parts cancel: plain PyTorch in fp32 has errors of 1.6e-5 there."""
     inputs = make_inputs(
         PAPER, lengths=[MILLION], query_lengths=[24], num_kv_heads=1, group_size=2, key_dim=32, value_dim=32, kv="shared", device="cuda"
     )
@@ -43,7 +43,7 @@ def test_the_last_queries_of_a_million_tokens() -> None:
     assert int(selection.max()) == (MILLION - 1) // PAPER.select_block_size
     assert relative_rms(out, expected) <= 1e-5
     for name, gradient in wanted.items():
-        assert relative_rms(gradients[name], gradient) <= max(2e-5, 2 * relative_rms(plain[name], gradient)), name
+        assert relative_rms(gradients[name], gradient) <= max(1e-5, 3 * relative_rms(plain[name], gradient)), name
 
 
 def test_a_million_queries_at_once() -> None:
