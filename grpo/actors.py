@@ -36,7 +36,7 @@ from grpo.actor_host import FAILED_REWARDS, Host, Identity, Reply
 from grpo.config import RunConfig
 from grpo.data_types import Group, Prompt, Score, ScoredGroup, StepStats
 from grpo.errors import ActorFailed, RunFailed
-from grpo.placement import cluster_address, gpu_shares, knock
+from grpo.placement import cluster_address, gpu_shares, knock, shares_gpu
 from grpo.rollout.engine import Sampling
 
 if TYPE_CHECKING:  # the reward actor imports this module and does without torch
@@ -389,9 +389,14 @@ class RayRuntime:
         identities = [handle.actor.identify.remote(str(handle.stack_file) if handle.stack_file else None, os.getcwd()) for handle in self._handles]
         for handle, reference in zip(self._handles, identities):
             handle.identity = handle.result(reference, "placing its process", deadline, key)
-        built = [(handle, handle.actor.open.remote(config, run_dir.absolute())) for handle in self._handles]
-        for handle, reference in sorted(built, key=lambda pair: pair[0].owner != "reward"):  # the cheap user mistakes first
-            handle.result(reference, "start-up", deadline, key)
+        opened: dict[str, Any] = {}
+        for turn in _turns(config):
+            for handle in self._handles:
+                if handle.owner in turn:
+                    opened[handle.owner] = handle.actor.open.remote(config, run_dir.absolute())
+            for handle in sorted(self._handles, key=lambda one: one.owner != "reward"):  # the cheap user mistakes first
+                if handle.owner in turn:
+                    handle.result(opened[handle.owner], "start-up", deadline, key)
 
     def close(self) -> None:
         """Stop the reward workers, the actors and our own Ray instance; wait until their processes are gone."""
@@ -408,6 +413,13 @@ class RayRuntime:
             processes.end_processes(noted, patience_s=_CLOSE_DEADLINE_S)
             if self._home is not None:
                 shutil.rmtree(self._home, ignore_errors=True)
+
+
+def _turns(config: RunConfig) -> list[set[str]]:
+    """Which actors are built side by side. vLLM measures its GPU when it starts: a learner there comes afterwards."""
+    if config.rollout.engine == "vllm" and shares_gpu(config):
+        return [{"rollout", "reward"}, {"learner"}]
+    return [{"rollout", "reward", "learner"}]
 
 
 def _connect(config: RunConfig, num_gpus: float) -> Path | None:
