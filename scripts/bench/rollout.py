@@ -105,8 +105,8 @@ class Bench:
                 "gpu_memory_utilization": args.gpu_share, "stream_interval": 8, "enable_prefix_caching": True, "generation_config": "vllm",
                 "compilation_config": {"cudagraph_capture_sizes": sizes},
             }  # fmt: skip
-            if args.cache_blocks:
-                options["num_gpu_blocks_override"] = args.cache_blocks
+            if args.cache_gib:
+                options["kv_cache_memory_bytes"] = int(args.cache_gib * 2**30)
             if args.models == "nsa":
                 options["worker_extension_cls"] = "grpo.rollout.vllm_worker.WeightAccess"
             self.engine = LLMEngine.from_engine_args(EngineArgs(**options))
@@ -218,7 +218,7 @@ class Child:
     def __init__(self, args: argparse.Namespace, shape: str, model: str, share: float) -> None:
         self.shape, self.model = shape, model
         options = {"shapes": shape, "models": model, "cases": args.cases, "dtype": args.dtype, "kv": args.kv, "group": args.group,
-                   "gpu-share": share, "cache-blocks": args.cache_blocks}  # fmt: skip
+                   "gpu-share": share, "cache-gib": args.cache_gib}  # fmt: skip
         command = [sys.executable, __file__, "--child", *(f"--{name}={value}" for name, value in options.items())]
         self.process = subprocess.Popen(
             [*command, *(["--profile"] if args.profile else [])], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -285,7 +285,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--kv", default="shared", choices=("shared", "separate"), help="of the NSA model; separate has three times the cache")
     parser.add_argument("--gpu-share", type=float, default=0.9, help="of the GPU's memory, for all engines that run at the same time")
-    parser.add_argument("--cache-blocks", type=int, default=0, help="pages of the cache; 0: what fits")
+    parser.add_argument("--cache-gib", type=float, default=0.0, help="of each engine's cache; 0: what fits")
     parser.add_argument("--together", action="store_true")
     parser.add_argument("--profile", action="store_true", help="of decode steps, on the GPU")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
