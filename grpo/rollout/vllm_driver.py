@@ -24,6 +24,7 @@ from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
+from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from grpo.rollout.engine import Sampling
@@ -59,7 +60,7 @@ class VllmDriver:
         self._recording = settings.records_selection
         set_num_threads = torch.set_num_threads  # vLLM's CPU worker replaces it
         try:
-            self._engine = LLMEngine.from_engine_args(EngineArgs(**_engine_arguments(settings)))
+            self._engine = LLMEngine.from_engine_args(EngineArgs(**_engine_arguments(settings)), usage_context=UsageContext.LLM_CLASS)
         finally:
             torch.set_num_threads = set_num_threads
         self._internal_ids: dict[str, str] = {}

@@ -179,15 +179,16 @@ def test_users_mistakes_are_said_before_the_first_token(make, driver):
 
 
 def test_an_abandoned_request_is_aborted_and_blocks_nothing(make, driver):
-    driver.by_length = False
     engine = make()
     groups = engine.generate(PROMPTS, Sampling(max_tokens=9, group_size=2))
     next(groups)
     for action in (engine.sleep, lambda: engine.load_weights(1, []), lambda: next(engine.generate(PROMPTS, Sampling()))):
         with pytest.raises(EngineFailed, match="while a request is in progress"):
             action()
+    assert driver.running
     groups.close()
     assert not driver.running
+    assert driver.calls == ["abort"]
     engine.sleep()
 
 
