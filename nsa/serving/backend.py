@@ -31,6 +31,7 @@ from nsa.blocks import selection_dtype
 from nsa.cache import CacheWrite, plan_write, read_tokens, write_layer
 from nsa.serving.plugin import ATTENTION_OP
 from nsa.serving.versions import as_pages, raw_spec, side_spec
+from nsa.serving.warmup import warm_up
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -97,7 +98,9 @@ class NSAMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
 
     def build(self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False) -> StepMetadata:
         common = common_attn_metadata
-        columns = min(common.block_table_tensor.shape[1], -(-common.max_seq_len // self.page_size))
+        columns = common.block_table_tensor.shape[1]
+        if self.device.type != "cuda":  # the kernels stop where a sequence ends; of other widths they would be compiled again
+            columns = min(columns, -(-common.max_seq_len // self.page_size))
         if common.max_query_len <= 1:
             table = common.block_table_tensor[: common.num_reqs, :columns]
             return StepMetadata(
@@ -260,8 +263,8 @@ class NSACacheLayer(nn.Module, AttentionLayerBase):
         self.page_size: int = serving.cache_config.block_size
         announce(self, name)
         dim = self.key_dim + self.value_dim
-        gathered = max(GATHERED_KEYS, serving.model_config.max_model_len)
-        self.workspace_bytes = 2 * gathered * 2 * self.num_rows * max(self.key_dim, self.value_dim) * dtype.itemsize
+        self.max_tokens, self.max_length = serving.scheduler_config.max_num_batched_tokens, serving.model_config.max_model_len
+        self.measured = not first
         self.compressed = SideCache(f"{name}.compressed", stride=self.sparsity.compress_stride, num_kv_heads=num_kv_heads, dim=dim, dtype=dtype)
         self.selected = None
         if serving.additional_config.get(RECORD_SELECTION):
@@ -317,6 +320,19 @@ class NSACacheLayer(nn.Module, AttentionLayerBase):
             kv = BranchKV(*sets) if len(sets) == 3 else BranchKV(sets[0], sets[0], sets[0])
             self._store(out, part.rows, nsa_attention(q[part.rows], kv, gates[part.rows], cu_seqlens=part.plan, **common), step)
 
+    def measure(self, q: torch.Tensor) -> None:
+        """Before the caches exist, on a GPU: compile what prefills need, and take the memory that one of cached sequences takes."""
+        if self.measured or resolve_backend(self.backend_name, q.device) != "triton" or q.device.type != "cuda":
+            return
+        self.measured = True
+        warm_up(
+            self.sparsity, self.phi(), num_heads=q.shape[1], num_kv_heads=self.num_kv_heads, num_sets=self.num_sets, key_dim=self.key_dim,
+            value_dim=self.value_dim, page_size=self.page_size, dtype=self.dtype, device=q.device, num_tokens=self.max_tokens,
+            max_length=self.max_length, record=self.selected is not None,
+        )  # fmt: skip
+        gathered = (max(GATHERED_KEYS, self.max_length), self.num_rows, 2 * max(self.key_dim, self.value_dim))
+        torch.empty(2, *gathered, dtype=self.dtype, device=q.device)
+
     def _store(self, out: torch.Tensor, rows: slice, result: torch.Tensor | tuple[torch.Tensor, torch.Tensor], step: StepMetadata) -> None:
         """Keep attention's result for some rows of the step, and their block choices where they are recorded."""
         attended, chosen = result if isinstance(result, tuple) else (result, None)
@@ -327,13 +343,11 @@ class NSACacheLayer(nn.Module, AttentionLayerBase):
 
 
 def nsa_sparse_attention(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, gates: torch.Tensor, out: torch.Tensor, layer_name: str) -> None:
-    """The operator: finds its layer and the step's metadata. Without metadata (vLLM measures memory) it writes zeros and takes
-    the memory that a prefill of cached sequences would."""
+    """The operator: finds its layer and the step's metadata. Without metadata (vLLM measures memory) it writes zeros."""
     context = get_forward_context()
     layer = context.no_compile_layers[layer_name]
     if not isinstance(context.attn_metadata, dict):
-        if q.device.type == "cuda":
-            torch.empty(layer.workspace_bytes, dtype=torch.uint8, device=q.device)
+        layer.measure(q)
         out.zero_()
         return
     layer.attend(q, keys, values, gates, out, context.attn_metadata[layer_name])

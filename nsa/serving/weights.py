@@ -25,8 +25,8 @@ from vllm.platforms import current_platform
 class HfParameter:
     """This rank's part of one tensor of the checkpoint.
 
-    name: the checkpoint's. view: the live memory. dim: along which ranks hold parts, from `start` on, of `size` in all;
-    None where this rank holds the whole tensor (dim, start and size are then None, 0 and 0)."""
+    name: the checkpoint's. view: the live memory. dim: along which ranks hold parts (the same on all of them), this one's from
+    `start` on, of `size` in all; None where every rank holds the whole tensor (start and size are then 0)."""
 
     name: str
     view: torch.Tensor
@@ -69,7 +69,7 @@ def make_live(model: nn.Module) -> None:
 
 
 def _part(name: str, view: torch.Tensor, dim: int, size: int, start: int) -> HfParameter:
-    return HfParameter(name, view, dim, size, start) if view.shape[dim] != size else HfParameter(name, view)
+    return HfParameter(name, view, dim, size, start) if get_tensor_model_parallel_world_size() > 1 else HfParameter(name, view)
 
 
 def _linear(prefix: str, module: Any, names: tuple[str, ...]) -> Iterator[HfParameter]:

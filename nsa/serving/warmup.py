@@ -1,0 +1,56 @@
+"""Calls that have the prefill kernels compiled before the first request, and their memory measured by vLLM.
+
+A kernel is compiled when it is first met, for the kinds of lengths that it meets; vLLM's own warm-up reaches decodes only.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from nsa.attention import BranchKV, LayerCache, Phi, nsa_attention, plan_batch
+from nsa.config import SparsityConfig
+
+
+def prefill_lengths(num_tokens: int, max_length: int) -> list[tuple[int, int, int]]:
+    """(sequences, queries, keys of each) of the calls: long and short chunks, whole and cached sequences, one and several."""
+    long, short = max(1, min(num_tokens, max_length)), max(1, min(64, num_tokens, max_length))
+    half = max(1, long // 2)
+    cached = [
+        (1, long, min(2 * long, max_length)),
+        (2, half, min(4 * half, max_length)),
+        (1, short, min(4096, max_length)),
+        (4, short, min(4096, max_length)),
+    ]
+    return [(1, long, long), (2, half, half), (1, short, short), (4, short, short), *((n, q, max(q, k)) for n, q, k in cached)]
+
+
+@torch.no_grad()
+def warm_up(
+    config: SparsityConfig, phi: Phi | None, *, num_heads: int, num_kv_heads: int, num_sets: int, key_dim: int, value_dim: int, page_size: int,
+    dtype: torch.dtype, device: torch.device, num_tokens: int, max_length: int, record: bool,
+) -> None:  # fmt: skip
+    """Prefill once in every way: steps of at most `num_tokens` tokens, sequences of at most `max_length`.
+
+    Args:
+        phi: the compressor's tensors; None for the mean. record: selections are asked for.
+    """
+    from nsa.kernels.page_write import write_pages
+
+    rows = num_sets * num_kv_heads
+    for count, queries, keys in prefill_lengths(num_tokens, max_length):
+        q = torch.zeros(count * queries, num_heads, key_dim, dtype=dtype, device=device)
+        gates = torch.ones(*q.shape[:2], 3, device=device)
+        k, v = (torch.zeros(count * keys, rows, dim, dtype=dtype, device=device) for dim in (key_dim, value_dim))
+        sets = list(zip(k.split(num_kv_heads, dim=1), v.split(num_kv_heads, dim=1), strict=True))
+        kv = BranchKV(*sets) if num_sets == 3 else BranchKV(sets[0], sets[0], sets[0])
+        ends = torch.arange(count + 1)
+        plan = plan_batch(ends * queries, ends * keys, config=config, num_heads=num_heads, device=device, backend="triton")
+        nsa_attention(q, kv, gates, phi=phi, config=config, cu_seqlens=plan, return_selection=record)
+    raw = torch.zeros(2, 2, page_size, rows, max(key_dim, value_dim), dtype=dtype, device=device)
+    cmp = torch.zeros(2, page_size // config.compress_stride, num_kv_heads, key_dim + value_dim, dtype=dtype, device=device)
+    tokens = torch.zeros(config.compress_block_size, dtype=torch.int64, device=device)
+    write_pages(
+        LayerCache(raw, cmp, key_dim, value_dim, num_sets), raw[0, 0, :1, :, :key_dim].expand(len(tokens), -1, -1),
+        raw[0, 1, :1, :, :value_dim].expand(len(tokens), -1, -1), torch.ones(1, 1, dtype=torch.int32, device=device),
+        torch.arange(len(tokens), device=device), rows=tokens, complete=tokens[-1:] + len(tokens) - 1, phi=phi, config=config,
+    )  # fmt: skip
