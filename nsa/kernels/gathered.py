@@ -263,7 +263,7 @@ def add_range(acc, total, target, total_place, target_place, mask, first_range, 
         tl.store(total + total_place, acc, mask=mask)
 
 
-@triton.jit(do_not_specialize=["range_number", "first_head", "first_query", "num_rows", "first_range", "last_range"])
+@triton.jit(do_not_specialize=["num_keys", "num_segments", "range_number", "first_head", "first_query", "num_rows", "first_range", "last_range"])
 def gathered_backward_kernel(
     d_out, q, k, v, lse, delta, gate, dk, dv, total_dk, total_dv, segment_dk, segment_dv, partial, queries, slots, counts, blocks, firsts, sizes,
     segments, block_sequence, block_ends, query_ends, key_ends,
@@ -347,7 +347,7 @@ def add_parts(
     add_range(acc, total, target, total_row * DIM + dim, target_row * DIM + dim, mask, first_range, last_range)
 
 
-@triton.jit(do_not_specialize=["range_number", "first_head", "first_range", "last_range"])
+@triton.jit(do_not_specialize=["num_keys", "num_segments", "range_number", "first_head", "first_range", "last_range"])
 def add_segments_kernel(
     segment_dk, segment_dv, total_dk, total_dv, dk, dv, segment_firsts, segment_counts, block_sequence, block_ends, key_ends,
     num_kv_heads, num_keys, num_segments, range_number, first_head, first_range, last_range,

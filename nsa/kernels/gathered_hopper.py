@@ -19,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_a
 from nsa.kernels.launch import LOG2_E, ceil_div, launch
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_stats"])
 def row_stats_kernel(lse, delta, gate, stats, delta_row, delta_head, gate_row, gate_head, num_heads, num_stats, scale_log2, ROWS: tl.constexpr):
     """stats `[2, T·Hq + 1]`, what the products q·k and <d_out, v> begin with: (log2(gate) − lse · log2(e)) / scale_log2 and
     −delta / gate, so that gate · p = exp2(scale_log2 · first) and dS is that times the second; minus infinity and 0 where
@@ -89,7 +89,11 @@ def store_sum(acc, sums, total, target, sum_row, total_row, target_row, exists, 
         gl.store(sums + sum_row[:, None] * DIM + dims, acc, mask=mask)
 
 
-@gluon.jit(do_not_specialize=["range_number", "first_head", "first_query", "num_rows", "first_range", "last_range"])
+@gluon.jit(
+    do_not_specialize=[
+        "num_stats", "num_keys", "num_segments", "range_number", "first_head", "first_query", "num_rows", "first_range", "last_range",
+    ]
+)  # fmt: skip
 def hopper_backward_kernel(
     d_out, q, k, v, stats, dk, dv, total_dk, total_dv, segment_dk, segment_dv, partial, queries, slots, counts, blocks, firsts, sizes,
     segments, block_sequence, block_ends, query_ends, key_ends,

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from nsa.config import SparsityConfig
-from nsa.kernels.launch import ceil_div, launch, power_of_two
+from nsa.kernels.launch import ceil_div, launch
 from nsa.kernels.tiles import KernelPlan
 
 MAX_BOUNDS = 2**22
@@ -62,7 +62,7 @@ def plan_tables(plan: KernelPlan, size: int) -> tuple[torch.Tensor, torch.Tensor
     return torch.searchsorted(plan.query_ends[1:], rows, right=True, out_int32=True), block_sequence, block_ends
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_entries", "num_blocks"])
 def list_numbers_kernel(
     selection, lists, row_sequence, block_ends, num_entries, num_kv_heads, num_blocks, CHOSEN: tl.constexpr, ENTRIES: tl.constexpr
 ):
@@ -75,10 +75,8 @@ def list_numbers_kernel(
     tl.store(lists + entry, tl.where(block < 0, num_kv_heads * num_blocks, number), mask=there)
 
 
-@triton.jit
-def index_kernel(
-    lists, order, queries, slots, ends, num_entries, num_lists, num_kv_heads, CHOSEN: tl.constexpr, STEPS: tl.constexpr, ENTRIES: tl.constexpr
-):
+@triton.jit(do_not_specialize=["num_entries", "num_lists", "steps"])
+def index_kernel(lists, order, queries, slots, ends, num_entries, num_lists, num_kv_heads, steps, CHOSEN: tl.constexpr, ENTRIES: tl.constexpr):
     """queries and slots from the order of the sorted choices (first programs); where each list begins, by binary search (last)."""
     program = tl.program_id(0)
     last = tl.cdiv(num_entries, ENTRIES)
@@ -92,7 +90,7 @@ def index_kernel(
         number = (program - last) * ENTRIES + tl.arange(0, ENTRIES)
         low = tl.zeros([ENTRIES], tl.int64)
         high = low + num_entries
-        for _ in range(STEPS):
+        for _ in range(steps):
             middle = (low + high) // 2
             searching = low < high
             below = tl.load(lists + middle, mask=searching, other=0).to(tl.int32) < number
@@ -126,7 +124,7 @@ def invert_selection(selection: torch.Tensor, plan: KernelPlan, config: Sparsity
     ends = torch.empty(num_lists + 1, dtype=torch.int64, device=device)
     launch(
         index_kernel, (programs + ceil_div(num_lists + 1, ENTRIES),),
-        lists, order, queries, slots, ends, num_entries, num_lists, num_kv_heads, CHOSEN=n, STEPS=num_entries.bit_length(), ENTRIES=ENTRIES
+        lists, order, queries, slots, ends, num_entries, num_lists, num_kv_heads, num_entries.bit_length(), CHOSEN=n, ENTRIES=ENTRIES
     )  # fmt: skip
     return InverseIndex(ends, queries, slots, row_sequence, block_sequence, block_ends)
 
@@ -165,9 +163,9 @@ def query_cuts(plan: KernelPlan, chunk: int) -> tuple[list[int], torch.Tensor]:
 
 
 @triton.jit
-def first_from(queries, low, high, least, STEPS: tl.constexpr):
+def first_from(queries, low, high, least, steps):
     """The first entry in [low, high) whose query row is >= least, else high; by binary search."""
-    for _ in range(STEPS):
+    for _ in range(steps):
         middle = (low + high) // 2
         searching = low < high
         below = tl.load(queries + middle, mask=searching, other=0) < least
@@ -177,8 +175,8 @@ def first_from(queries, low, high, least, STEPS: tl.constexpr):
 
 @triton.jit
 def bounds_of(
-    queries, ends, block, there, head, first_query, end_query, block_sequence, block_ends, query_ends, key_ends, num_blocks,
-    SELECT: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr, STEPS: tl.constexpr,
+    queries, ends, block, there, head, first_query, end_query, block_sequence, block_ends, query_ends, key_ends, num_blocks, steps,
+    SELECT: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr,
 ):  # fmt: skip
     """Entries of the lists of some blocks that belong to the range's queries; with LOCAL >= 0 past those that are computed
     as shared blocks (a prefix of the list: queries up to LOCAL - 1 blocks after it)."""
@@ -190,16 +188,15 @@ def bounds_of(
         offset = tl.load(key_ends + sequence + 1) - tl.load(key_ends + sequence) - tl.load(query_ends + sequence + 1)
         number = block - tl.load(block_ends + sequence)
         least = tl.maximum(least, tl.where(number < INIT, 2147483647, (number + LOCAL) * SELECT - offset))
-    low = first_from(queries, low, high, least, STEPS)
-    return low, (first_from(queries, low, high, end_query, STEPS) - low).to(tl.int32)
+    low = first_from(queries, low, high, least, steps)
+    return low, (first_from(queries, low, high, end_query, steps) - low).to(tl.int32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_blocks", "num_programs", "steps"], do_not_specialize_on_alignment=["cuts"])
 def cut_kernel(
     queries, ends, cuts, counts, blocks, firsts, sizes, segments, segment_firsts, segment_counts, block_sequence, block_ends, query_ends, key_ends,
-    num_blocks, num_programs, part,
-    SELECT: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr, KEEP_EMPTY: tl.constexpr, SEGMENTS: tl.constexpr, STEPS: tl.constexpr,
-    LISTS: tl.constexpr,
+    num_blocks, num_programs, part, steps,
+    SELECT: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr, KEEP_EMPTY: tl.constexpr, SEGMENTS: tl.constexpr, LISTS: tl.constexpr,
 ):  # fmt: skip
     """The work of one range (x) and KV head (y): whole parts first, then what is left of each list."""
     head = tl.program_id(1)
@@ -214,7 +211,7 @@ def cut_kernel(
             there = block < num_blocks
             low, size = bounds_of(
                 queries, ends, block, there, head, first_query, end_query, block_sequence, block_ends, query_ends, key_ends, num_blocks,
-                SELECT, INIT, LOCAL, STEPS,
+                steps, SELECT, INIT, LOCAL,
             )  # fmt: skip
             whole = size // part
             left = size - whole * part
@@ -242,6 +239,13 @@ def cut_kernel(
     tl.store(counts + owner, written)
 
 
+def aligned_vectors(sizes: list[int], device: torch.device) -> list[torch.Tensor]:
+    """int32 vectors of these sizes in one allocation; each begins at 16 bytes, so that no size asks for another kernel."""
+    rooms = [-(-size // 4) * 4 for size in sizes]
+    parts = torch.empty(sum(rooms), dtype=torch.int32, device=device).split(rooms)
+    return [part[:size] for part, size in zip(parts, sizes, strict=True)]
+
+
 def cut_lists(
     index: InverseIndex, cuts: torch.Tensor, plan: KernelPlan, size: int, part: int, most: int, *, init: int, local: int, backward: bool
 ) -> Iterator[tuple[int, Work]]:
@@ -262,15 +266,14 @@ def cut_lists(
     for base in range(0, num_ranges, together):
         count = min(together, num_ranges - base)
         widths = [count * num_kv_heads * width for width in (1, programs, programs, *((programs, num_blocks, num_blocks) if backward else ()))]
-        counts, *tables = torch.empty(sum(widths), dtype=torch.int32, device=cuts.device).split(widths)
-        counts, *tables = (x.view(count, num_kv_heads, -1) for x in (counts, *tables))
+        counts, *tables = (x.view(count, num_kv_heads, -1) for x in aligned_vectors(widths, cuts.device))
         firsts = torch.empty(count, num_kv_heads, programs, dtype=torch.int64, device=cuts.device)
         blocks, sizes, segments, segment_firsts, segment_counts = tables if backward else (*tables, *tables[:1] * 3)
         work = Work(counts, blocks, firsts, sizes, segments, segment_firsts, segment_counts)
         launch(
             cut_kernel, (count, num_kv_heads),
             index.queries, index.ends, cuts[base:], *work, index.block_sequence, index.block_ends, plan.query_ends, plan.key_ends,
-            num_blocks, programs, part, SELECT=size, INIT=init, LOCAL=local, KEEP_EMPTY=backward, SEGMENTS=backward,
-            STEPS=plan.num_queries.bit_length(), LISTS=min(1024, power_of_two(num_blocks)),
+            num_blocks, programs, part, plan.num_queries.bit_length(),
+            SELECT=size, INIT=init, LOCAL=local, KEEP_EMPTY=backward, SEGMENTS=backward, LISTS=128 if num_blocks <= 128 else 1024,
         )  # fmt: skip
         yield base, work

@@ -172,7 +172,7 @@ def selected_dq_kernel(
     tl.store(dq + row * dq_row + head[:, None] * dq_head + key_dim[None, :], acc, mask=key_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_blocks"])
 def selected_dkdv_kernel(
     d_out, q, k, v, lse, delta, gate, dk, dv, partial_dk, partial_dv,
     queries, ends, owners, segment_ends, partial_ends, block_sequence, block_ends, query_ends, key_ends,
@@ -237,7 +237,7 @@ def selected_dkdv_kernel(
         tl.store(dv + out_row[:, None] * VALUE_DIM + value_dim[None, :], acc_v, mask=value_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_blocks"])
 def add_partials_kernel(
     partial, target, segment_ends, partial_ends, block_sequence, block_ends, key_ends, num_blocks, num_kv_heads,
     DIM: tl.constexpr, DIM_PAD: tl.constexpr, KEYS: tl.constexpr, SELECT: tl.constexpr,

@@ -52,8 +52,10 @@ class KernelPlan:
         self.device, self.num_sequences = device, len(self._query_lengths)
         self.num_queries, self.num_keys, self.num_compressed = queries[-1], keys[-1], int(compressed[-1])
         self.max_key_length = max(self._key_lengths, default=0)
-        ends = torch.stack([self.host_query_ends, self.host_key_ends, compressed]).to(torch.int32).to(device, non_blocking=True)
-        self.query_ends, self.key_ends, self.compressed_ends = ends
+        ends = torch.stack([self.host_query_ends, self.host_key_ends, compressed]).to(torch.int32)
+        # Rows begin at 16 bytes whatever the number of sequences: Triton compiles a kernel anew for a pointer that is not aligned.
+        ends = torch.nn.functional.pad(ends, (0, -ends.shape[1] % 4)).to(device, non_blocking=True)
+        self.query_ends, self.key_ends, self.compressed_ends = ends[:, : self.num_sequences + 1]
         self.num_key_rows = self.num_keys if key_index is None else self.num_queries
         self.key_rows = None if key_index is None else key_index.to(device)
         self.key_places = None if key_index is None else all_places(key_index, torch.arange(len(key_index))).to(device)

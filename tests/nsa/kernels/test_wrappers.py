@@ -1,5 +1,6 @@
 """What users put around the kernels: torch.compile, autocast, gradient checkpointing; and what the first call of a process costs."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from triton.runtime.jit import JITFunction
 
 from nsa.attention import BranchKV, nsa_attention, plan_batch
 from nsa.config import SparsityConfig
@@ -91,6 +93,24 @@ def test_gradient_checkpointing_of_the_model_gives_the_same_gradients() -> None:
     assert found[0].keys() == found[1].keys() and any("phi" in name for name in found[0])
     for name, gradient in found[0].items():
         assert relative_rms(found[1][name], gradient) <= 1e-6, name
+
+
+@pytest.mark.gpu
+def test_other_lengths_compile_nothing_new() -> None:
+    """Training packs sequences of other lengths at every step; each kernel that Triton compiled anew for them would cost seconds."""
+    names = ("banded_kernels", "banded_hopper", "banded_hopper_backward", "compress", "gathered", "gathered_hopper", "gating", "inverse", "scoring")
+    modules = [importlib.import_module(f"nsa.kernels.{name}") for name in (*names, "selected")]
+    kernels = [kernel for module in modules for kernel in vars(module).values() if isinstance(kernel, JITFunction)]
+    counts = []
+    for lengths in ([5000], [1900, 2600], [64] * 70, [4100, 1, 17, 300], [2049] * 3, [33, 4096]):
+        options = {"num_kv_heads": 3, "group_size": 3, "key_dim": 64, "value_dim": 64, "dtype": torch.bfloat16, "device": DEVICE}
+        inputs = make_inputs(PAPER, lengths=lengths, **options)
+        out = nsa_attention(inputs.q, inputs.kv, inputs.gates, **inputs.options, backend="triton")
+        assert isinstance(out, torch.Tensor)
+        out.backward(torch.ones_like(out))
+        counts.append(sum(len(kernel.device_caches[inputs.q.device.index or 0][0]) for kernel in kernels))
+    assert counts[0] > 10
+    assert counts[-1] <= counts[0] + 2, counts  # tiles of the block choice follow the longest sequence
 
 
 @pytest.mark.gpu
