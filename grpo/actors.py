@@ -19,7 +19,7 @@ import signal
 import socket
 import tempfile
 import time
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -397,6 +397,9 @@ class RayRuntime:
             for handle in sorted(self._handles, key=lambda one: one.owner != "reward"):  # the cheap user mistakes first
                 if handle.owner in turn:
                     handle.result(opened[handle.owner], "start-up", deadline, key)
+
+    def on_hang(self, rescue: Callable[[], None]) -> None:
+        """Nothing: what may hang is in other processes, and the trainer's own deadlines tell it."""
 
     def close(self) -> None:
         """Stop the reward workers, the actors and our own Ray instance; wait until their processes are gone."""

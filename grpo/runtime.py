@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -91,6 +91,10 @@ class Runtime(Protocol):
     @property
     def learner(self) -> LearnerHandle: ...
 
+    def on_hang(self, rescue: Callable[[], None]) -> None:
+        """What to do before this very process has to end because a call does not come back."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -158,6 +162,13 @@ class RolloutPart:
         self._device, self._num_gpus = resolve_device(config.model.device), config.rollout.tensor_parallel
         self._shared: list[tuple[str, torch.Tensor]] = []
         self._group: WeightGroup | None = None
+
+    def on_hang(self, rescue: Callable[[], None]) -> None:
+        """Have vLLM's watchdog call `rescue` before it ends this process; the built-in engine has none."""
+        from grpo.rollout.vllm_engine import VllmEngine
+
+        if isinstance(self._engine, VllmEngine):
+            self._engine.watchdog.last_action = rescue
 
     def place(self) -> Place:
         return own_place(self._device, self._num_gpus)
@@ -310,6 +321,9 @@ class LocalRuntime:
         except BaseException:
             self.scorer.close()
             raise
+
+    def on_hang(self, rescue: Callable[[], None]) -> None:
+        self.engine.on_hang(rescue)
 
     def close(self) -> None:
         self.scorer.close()

@@ -36,6 +36,7 @@ from grpo.data_types import EvalReport, Group, Prompt, ScoredGroup
 from grpo.errors import RunFailed
 from grpo.evaluate import evaluate
 from grpo.log import RunLogger, prepare_run_dir, resolve_run_dir
+from grpo.memory_plan import read_model_config
 from grpo.placement import sleeps
 from grpo.problems import Problems, load_problems
 from grpo.prompt_settings import save_prompt_settings
@@ -123,7 +124,7 @@ class Trainer:
         self._consistent = True
         self._warned: set[str] = set()
         self._sleeps = sleeps(config)
-        self._probe = tuple(itertools.islice(itertools.chain.from_iterable(prompt.token_ids for prompt in problems.train), PROBE_TOKENS))
+        self._probe = _probe(config, problems)
 
     # ------------------------------------------------------------------ the run
 
@@ -132,6 +133,7 @@ class Trainer:
         section = self.config.train
         if problem := self._problems.note:
             self._log.message(problem)
+        self._runtime.on_hang(self._rescue)
         try:
             self._sync()
             if section.eval_before and not self._resumed:
@@ -364,6 +366,13 @@ class Trainer:
     def _what_is_safe(self) -> str:
         latest = self._store.latest()
         return f"the last complete checkpoint is {latest}" if latest else "there is no complete checkpoint"
+
+
+def _probe(config: RunConfig, problems: Problems) -> tuple[int, ...]:
+    """The first prompts' tokens, one prompt after another, as many as sampler and learner can take in one sequence."""
+    room = min(read_model_config(config.model.path).max_position_embeddings, config.rollout.max_cache_tokens or PROBE_TOKENS) - 1
+    tokens = itertools.cycle(itertools.chain.from_iterable(prompt.token_ids for prompt in problems.train[:PROBE_TOKENS]))
+    return tuple(itertools.islice(tokens, max(2, min(PROBE_TOKENS, room))))
 
 
 def _newest(store: CheckpointStore) -> tuple[Path | None, list[str]]:

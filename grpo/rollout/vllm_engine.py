@@ -101,7 +101,7 @@ class VllmEngine:
         self.config, self.tokenizer = config, tokenizer
         self._driver, self._eos_ids, self._context, self._max_sequences = driver, frozenset(eos_ids), context, max_sequences
         self._sleeps, self._records, self._in_process, self._stall_deadline_s = sleeps, records_selection, in_process, stall_deadline_s
-        self._watchdog = Watchdog(stall_deadline_s, "rollout.stall_deadline_s")
+        self.watchdog = Watchdog(stall_deadline_s, "rollout.stall_deadline_s")
         self._pieces: TokenPieces | None = None
         self._version = self._requests = self._tokens_made = 0
         self._running: dict[str, _Sample] = {}
@@ -393,7 +393,7 @@ class VllmEngine:
     def _guarded(self, what: str, work: Callable[[], _T]) -> _T:
         """Run a call into vLLM under the watchdog; whatever it raises ends the engine, as vLLM's state is unknown then."""
         try:
-            with self._watchdog.watch(what):
+            with self.watchdog.watch(what):
                 return work()
         except RunFailed as error:  # the watchdog's, or of weights on their way
             raise self._failure(str(error)) from error

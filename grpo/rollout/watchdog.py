@@ -2,8 +2,9 @@
 
 `watch` wraps one call. When it takes too long, a thread prints where every thread stands and interrupts the caller: a
 signal raises `EngineFailed` in the main thread as soon as Python runs there again. A call that is stuck outside Python (a
-GPU that does not answer) cannot be interrupted; after a grace period the process then ends, so that whoever waits for it
-(the trainer, for an actor; a shell) sees it end instead of waiting for ever. Leaves out calls that come back slowly with
+GPU that does not answer) cannot be interrupted; after a grace period `last_action` gets its chance (the trainer saves what
+was learnt, where it lives here) and the process ends, so that whoever waits for it (the trainer, for an actor; a shell)
+sees it end instead of waiting for ever. Leaves out calls that come back slowly with
 nothing: the engine counts those itself.
 """
 
@@ -16,12 +17,14 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 from grpo.errors import EngineFailed
 
 GRACE_S = 10.0
+LAST_ACTION_S = 60.0
+"""Time for saving what can be saved before the process ends."""
 _EXIT_CODE = 1
 
 
@@ -39,6 +42,7 @@ class Watchdog:
     def __init__(self, deadline_s: float, key: str, *, grace_s: float = GRACE_S) -> None:
         self._deadline_s, self._key, self._grace_s = deadline_s, key, grace_s
         self._lock = threading.Condition()
+        self.last_action: Callable[[], None] | None = None
         self._thread: threading.Thread | None = None
         self._what: str | None = None
         self._began = 0.0
@@ -79,7 +83,15 @@ class Watchdog:
                     os.kill(os.getpid(), signal.SIGUSR2)
             elif age > self._deadline_s + self._grace_s:
                 print(f"error: vLLM hangs in {what} and cannot be interrupted; this process ends", file=sys.stderr, flush=True)
+                self._act()
                 os._exit(_EXIT_CODE)
+
+    def _act(self) -> None:
+        """The last action, in a thread of its own: it may hang as well."""
+        if self.last_action is not None:
+            thread = threading.Thread(target=self.last_action, daemon=True)
+            thread.start()
+            thread.join(LAST_ACTION_S)
 
     def _message(self, what: str) -> str:
         return f"vLLM hangs: {what} did not come back for {self._deadline_s:g} s ({self._key})"

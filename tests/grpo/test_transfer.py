@@ -25,9 +25,9 @@ def test_the_way_follows_from_the_places():
 
 
 def test_parcels_keep_the_order_and_a_large_tensor_goes_alone():
-    infos = [TensorInfo(name=str(size), dtype="float32", shape=(size,)) for size in (3, 4, 100, 1, 0, 5)]
+    infos = [TensorInfo(name=str(size), dtype="float32", shape=(size,)) for size in (90, 3, 4, 100, 1, 0, 5)]
     cut = [[info.name for info in parcel] for parcel in parcels(infos, 32)]
-    assert cut == [["3", "4"], ["100"], ["1", "0", "5"]]
+    assert cut == [["90"], ["3", "4"], ["100"], ["1", "0", "5"]]
 
 
 def tensors() -> list[tuple[str, torch.Tensor]]:
@@ -67,6 +67,20 @@ def test_a_peer_that_does_not_come_or_stands_still_is_noticed_within_the_deadlin
     with pytest.raises(RunFailed, match=r"stood still for 0\.5 s|could not be sent on"):
         sender.send(tensors(), describe(tensors(), torch.float32))
     assert time.monotonic() - began < 10
+
+
+def test_a_broadcast_that_never_ends_by_itself_ends_at_the_deadline():
+    class Stuck:
+        def broadcast(self, buffer, root):
+            return self
+
+        def is_completed(self):
+            return False
+
+    sender, _receiver = join_both(0.3)
+    sender._group = Stuck()
+    with pytest.raises(RunFailed, match=r"stood still for 0\.3 s: the other side is gone or stuck"):
+        sender.send(tensors(), describe(tensors(), torch.float32))
 
 
 def test_tensors_in_another_order_than_described_are_refused():

@@ -240,14 +240,18 @@ def test_a_call_that_does_not_come_back_is_interrupted_within_the_deadline(make,
 
 def test_a_call_that_cannot_be_interrupted_ends_the_process(monkeypatch, capfd):
     ended: list[int] = []
+    saved: list[bool] = []
     monkeypatch.setattr(watchdog.os, "_exit", lambda code: ended.append(code) or time.sleep(60))
     monkeypatch.setattr(watchdog.os, "kill", lambda *_: None)  # as if Python never ran again in the main thread
+    monkeypatch.setattr(watchdog, "LAST_ACTION_S", 0.2)
     dog = watchdog.Watchdog(0.1, "rollout.stall_deadline_s", grace_s=0.2)
+    dog.last_action = lambda: saved.append(True) or time.sleep(60)
     with dog.watch("wake"):
         end = time.monotonic() + 5
         while not ended and time.monotonic() < end:
             time.sleep(0.05)
     assert ended == [1]
+    assert saved == [True]
     assert "error: vLLM hangs in wake and cannot be interrupted; this process ends" in capfd.readouterr().err
 
 
