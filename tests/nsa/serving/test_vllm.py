@@ -6,6 +6,7 @@ Run by `make test-vllm` in an environment of its own. Few engines, each for seve
 from __future__ import annotations
 
 import gc
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -190,6 +191,15 @@ def test_a_group_reads_the_pages_of_its_common_prompt(separate: Served) -> None:
     assert_exact(separate.model, prompts, [*first, *results])
 
 
+def test_requests_of_one_step_read_each_others_new_pages(separate: Served) -> None:
+    (prompt,) = random_prompts(66, seed=10)
+    prompts = [[*prompt, token] for token in range(4)]
+    assert separate.llm.reset_prefix_cache()
+    results = run(separate, prompts, num_tokens=10, record=True)
+    assert [result.num_cached for result in results] == [0, 64, 64, 64]
+    assert_exact(separate.model, prompts, results)
+
+
 def test_preempted_requests_are_computed_again(separate: Served) -> None:
     prompts = random_prompts(*[560] * 7, seed=3)
     scheduler = separate.core.scheduler
@@ -257,7 +267,7 @@ def test_a_tensor_that_the_model_does_not_have_is_refused(shared: Served) -> Non
 
 def assert_close(model: NSAForCausalLM, prompts: Sequence[Sequence[int]], results: Sequence[Finished]) -> None:
     """The bound in 16 bits, where logits alone are rounded by up to .016 (2⁻⁸ of 4) here and there: log-probabilities within
-    .12 given the same blocks, no other token ahead of the greedy one by more than .1, 99 % of the blocks equal. Without recorded
+    .06 given the same blocks, no other token ahead of the greedy one by more than .1, 99 % of the blocks equal. Without recorded
     blocks a near tie may have fallen the other way, and .3 is allowed."""
     report, worst, lead, same = [], 0.0, 0.0, []
     for prompt, result in zip(prompts, results, strict=True):
@@ -273,7 +283,7 @@ def assert_close(model: NSAForCausalLM, prompts: Sequence[Sequence[int]], result
             report[-1] += f", other blocks at {len(wrong)} of {len(same[-1])} tokens {wrong[:6]}"
     equal = float(torch.cat(same).mean()) if same else 1.0
     print("\n".join(["", *report, f"worst {worst:.4f}, lead {lead:.4f}, equal blocks {equal:.5f}"]))
-    assert worst <= (0.12 if same else 0.3) and lead <= (0.1 if same else 0.3) and equal >= 0.99, "\n".join(report)
+    assert worst <= (0.06 if same else 0.3) and lead <= (0.1 if same else 0.3) and equal >= 0.99, "\n".join(report)
 
 
 def test_bfloat16(tmp_path: Path) -> None:
@@ -301,6 +311,33 @@ def test_two_ranks_on_the_cpu(tmp_path: Path) -> None:
     options = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp", "additional_config": {}}
     with serving(tmp_path, model, **options) as served:
         assert_exact(model, prompts, run(served, prompts, num_tokens=30))
+
+
+def test_registering_twice_and_an_untested_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    import vllm
+    from vllm.config import CompilationConfig
+
+    from nsa.serving import versions
+    from nsa.serving.plugin import register
+
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    log = logging.getLogger("vllm.nsa")
+    log.addHandler(handler)
+    monkeypatch.setattr(log, "disabled", False)
+    monkeypatch.setattr(log, "level", logging.WARNING)
+    try:
+        for version in (f"{versions.TESTED[0]}+cpu", "0.99.0"):
+            monkeypatch.setattr(vllm, "__version__", version)
+            versions.warn_if_untested.cache_clear()
+            register()
+            register()
+    finally:
+        log.removeHandler(handler)
+        versions.warn_if_untested.cache_clear()
+    assert lines == [f"NSA's plugin is tested with vLLM {', '.join(versions.TESTED)}; this is 0.99.0"]
+    assert CompilationConfig._attention_ops.count("vllm::nsa_sparse_attention") == 1
 
 
 GRAPHS = {"enforce_eager": False, "compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, 8]}, "gpu_memory_utilization": 0.2}
