@@ -163,6 +163,7 @@ def write_pages(
         branch, cache.cmp, block_table, places, positions, positions if complete is None else complete, *weights, count,
         *raw.stride()[:4], *cache.cmp.stride()[:3], block_table.stride(0),
         HEADS=cache.num_kv_heads, DK=cache.key_dim, DV=cache.value_dim, WIDTH=width, HIDDEN=hidden, HIDDEN2=padded(hidden),
-        BLOCK=config.compress_block_size, STRIDE=config.compress_stride, PAGE=page_size, TOKENS=max(FEW_SEQUENCES, power_of_two(num_tokens)) if decode else 1,
+        BLOCK=config.compress_block_size, STRIDE=config.compress_stride, PAGE=page_size,
+        TOKENS=max(FEW_SEQUENCES, power_of_two(num_tokens)) if decode else 1,
         MLP=phi is not None, DECODE=decode, PRECISION=dot_precision(), TILE=TILE, num_warps=4,
     )  # fmt: skip
