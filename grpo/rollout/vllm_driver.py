@@ -162,6 +162,7 @@ def _engine_arguments(settings: VllmSettings) -> dict[str, Any]:
         "gpu_memory_utilization": settings.gpu_share,
         "kv_cache_memory_bytes": settings.cache_bytes,
         "tensor_parallel_size": settings.tensor_parallel,
+        "distributed_executor_backend": "uni" if settings.tensor_parallel == 1 else "mp",  # never Ray's, though an actor may hold us
         "enable_prefix_caching": True,
         "enforce_eager": not settings.cuda_graphs or settings.device == "cpu",  # compiling takes longer there than a run of tests
         "logprobs_mode": "processed_logprobs",
