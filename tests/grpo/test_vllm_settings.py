@@ -97,7 +97,7 @@ def test_keys_that_cannot_work_are_refused(tiny_config_of, overrides, words):
 
 def test_a_missing_vllm_or_plugin_is_one_line(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"^rollout.engine is vllm, but vLLM is not installed here: pip install 'nsa-grpo\[vllm\]'"):
+    with pytest.raises(ValueError, match=r"^rollout.engine is vllm, but vLLM is not installed here: pip install '\.\[vllm\]'"):
         check_installed()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [])
