@@ -45,6 +45,8 @@ class Progress:
     finish: str | None
     prompt_logprobs: Sequence[float] = ()
     """Of a scored prompt's tokens given those before; entry 0 is 0."""
+    cached_tokens: int = 0
+    """Of its prompt, found in the cache and not computed."""
 
 
 class VllmDriver:
@@ -100,6 +102,7 @@ class VllmDriver:
                     logprobs=_values(completion.logprobs),
                     finish=completion.finish_reason,
                     prompt_logprobs=_values(output.prompt_logprobs),
+                    cached_tokens=output.num_cached_tokens or 0,
                 )
             )
         return reports

@@ -103,7 +103,7 @@ class VllmEngine:
         self._sleeps, self._records, self._in_process, self._stall_deadline_s = sleeps, records_selection, in_process, stall_deadline_s
         self.watchdog = Watchdog(stall_deadline_s, "rollout.stall_deadline_s")
         self._pieces: TokenPieces | None = None
-        self._version = self._requests = self._tokens_made = 0
+        self._version = self._requests = self._tokens_made = self._cached_tokens = 0
         self._running: dict[str, _Sample] = {}
         self._weights_asleep = self._cache_asleep = self._generating = self._half_loaded = self._closed = False
         self._cache_bytes = 0
@@ -185,6 +185,7 @@ class VllmEngine:
         self._driver.forget([report.request_id], abort=report.finish is None)
         del self._running[report.request_id]
         self._tokens_made += length
+        self._cached_tokens += report.cached_tokens
         group = sample.group
         group.completions[sample.index] = completion
         if len(group.completions) < sampling.group_size:
@@ -376,6 +377,7 @@ class VllmEngine:
             "max_sequences": float(self._max_sequences),
             "running_sequences": float(len(self._running)),
             "tokens_made": float(self._tokens_made),
+            "prompt_tokens_cached": float(self._cached_tokens),
             "asleep": float(self._cache_asleep),
         }
 

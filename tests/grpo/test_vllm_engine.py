@@ -110,6 +110,15 @@ def test_scores_and_block_choices_are_those_of_the_built_in_engine(engine, torch
             assert torch.equal(one.selection.long(), other.selection.long())
 
 
+def test_a_groups_prompt_is_computed_once(engine):
+    engine.sleep()  # forgets cached prompts
+    engine.wake()
+    before = engine.health()["prompt_tokens_cached"]
+    (group,) = engine.generate(PROMPTS[3:], Sampling(group_size=4, max_tokens=2))
+    cached = engine.health()["prompt_tokens_cached"] - before
+    assert 3 * 64 <= cached < 3 * len(group.prompt.token_ids)
+
+
 def changed_weights(torch_engine, factor: float = 1.3) -> list[tuple[str, torch.Tensor]]:
     return [
         (name, parameter.detach() * factor if parameter.ndim > 1 else parameter.detach()) for name, parameter in torch_engine.model.named_parameters()

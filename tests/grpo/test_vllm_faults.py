@@ -31,6 +31,7 @@ class Report:
     logprobs: list[float]
     finish: str | None
     prompt_logprobs: tuple[float, ...] = ()
+    cached_tokens: int = 0
 
 
 @dataclass
