@@ -351,6 +351,7 @@ class VllmEngine:
         if self._cache_asleep and self._sleeps:
             self._check_room()
             self._guarded("wake", lambda: self._driver.wake("kv_cache"))
+            self._call("wake", "nsa_zero_cache")
         self._cache_asleep = False
 
     def _check_room(self) -> None:

@@ -24,6 +24,7 @@ class WeightAccess:
     get_model: Any
     model_runner: Any
     device: Any
+    vllm_config: Any
     _nsa_group: WeightGroup
     _nsa_known: dict[str, Any]
     _nsa_missing: set[str]
@@ -83,6 +84,16 @@ class WeightAccess:
     def nsa_weight_bytes(self) -> int:
         """Bytes of this rank's parameters."""
         return sum(parameter.nbytes for parameter in self.get_model().parameters())
+
+    def nsa_zero_cache(self) -> int:
+        """Fill the cache with zeros (memory that comes back at wake-up holds anything, NaN too); returns its bytes."""
+        zeroed = 0
+        for layer in self.vllm_config.compilation_config.static_forward_context.values():
+            found = getattr(layer, "kv_cache", None)
+            for cache in found if isinstance(found, list | tuple) else [found]:
+                if cache is not None:
+                    zeroed += cache.zero_().nbytes
+        return zeroed
 
     def nsa_read_selection(self, request_id: str, num_tokens: int) -> torch.Tensor:
         """Block choices `[num_tokens, layers, Hkv, n]` of a request that finished in the step before (nsa.serving)."""

@@ -119,6 +119,16 @@ def test_a_groups_prompt_is_computed_once(engine):
     assert 3 * 64 <= cached < 3 * len(group.prompt.token_ids)
 
 
+def test_a_cache_of_zeros_gives_the_same_samples(engine):
+    first = run(engine, group_size=2, max_tokens=12, seed=8)
+    assert engine._driver.reset_prefix_cache()
+    assert engine._driver.call("nsa_zero_cache")[0] > 2**20
+    again = run(engine, group_size=2, max_tokens=12, seed=8)
+    assert [[one.token_ids for one in first[name].completions] for name in first] == [
+        [one.token_ids for one in again[name].completions] for name in first
+    ]
+
+
 def changed_weights(torch_engine, factor: float = 1.3) -> list[tuple[str, torch.Tensor]]:
     return [
         (name, parameter.detach() * factor if parameter.ndim > 1 else parameter.detach()) for name, parameter in torch_engine.model.named_parameters()
