@@ -61,10 +61,12 @@ class Engine(Protocol):
         ...
 
     def sleep(self) -> None:
-        """Free the cache's memory (the weights stay) until `wake`."""
+        """Free the cache's memory until `wake`; vLLM on a shared GPU frees the weights' too."""
         ...
 
-    def wake(self) -> None: ...
+    def wake(self) -> None:
+        """Allow requests again. Where weights were freed, `load_weights` has to come first."""
+        ...
 
     def health(self) -> dict[str, float]:
         """Small facts about the engine (version, cache pages, tokens made); raises if it can no longer work."""
