@@ -93,13 +93,14 @@ class NSAMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
         self._init_reorder_batch_threshold(1)
         config: NSAConfig = vllm_config.model_config.hf_config
         self.sparsity, self.backend_name = config.sparsity, config.attention_backend
+        self.on_kernels = resolve_backend(self.backend_name, device) == "triton"
         self.num_heads = config.num_attention_heads // vllm_config.parallel_config.tensor_parallel_size
         self.page_size = vllm_config.cache_config.block_size
 
     def build(self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False) -> StepMetadata:
         common = common_attn_metadata
         columns = common.block_table_tensor.shape[1]
-        if self.device.type != "cuda":  # the kernels stop where a sequence ends; of other widths they would be compiled again
+        if not self.on_kernels:  # they stop where a sequence ends, and of each width there would be others to compile
             columns = min(columns, -(-common.max_seq_len // self.page_size))
         if common.max_query_len <= 1:
             table = common.block_table_tensor[: common.num_reqs, :columns]
