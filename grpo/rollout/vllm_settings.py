@@ -76,7 +76,9 @@ def vllm_settings(config: RunConfig, device: str, gpu_bytes: int | None) -> Vllm
 def check_installed() -> None:
     """Raise ValueError where vLLM is missing, or does not find our plugin (a package's entry points are in its metadata)."""
     if importlib.util.find_spec("vllm") is None:
-        raise ValueError("rollout.engine is vllm, but vLLM is not installed here: pip install '.[vllm]' in a checkout, or set rollout.engine to torch")
+        raise ValueError(
+            "rollout.engine is vllm, but vLLM is not installed here: pip install '.[vllm]' in a checkout, or set rollout.engine to torch"
+        )
     plugins = importlib.metadata.entry_points(group="vllm.general_plugins")
     if not any(plugin.value.startswith("nsa.serving") for plugin in plugins):
         raise ValueError(
