@@ -1,5 +1,8 @@
 """Weights between processes: which way is taken, what a broadcast brings, and what a lost peer looks like."""
 
+import pickle
+import subprocess
+import sys
 import threading
 import time
 
@@ -7,9 +10,19 @@ import pytest
 import torch
 
 from grpo.errors import RunFailed
-from grpo.transfer import Place, TensorInfo, WeightGroup, choose_transport, describe, open_store, parcels
+from grpo.transfer import Place, TensorInfo, WeightGroup, choose_transport, describe, open_store, parcels, share
+from grpo.weight_sync import checksum
 
 CPU = torch.device("cpu")
+READER = """
+import pickle, sys, torch
+from grpo.transfer import open_shared
+from grpo.weight_sync import checksum
+opened = open_shared(pickle.load(sys.stdin.buffer), torch.device("cuda", 0))
+for _ in range(2):
+    print(checksum(opened), flush=True)
+    sys.stdin.buffer.readline()
+"""
 
 
 def test_the_way_follows_from_the_places():
@@ -87,3 +100,22 @@ def test_tensors_in_another_order_than_described_are_refused():
     sender, _receiver = join_both(5)
     with pytest.raises(RunFailed, match="c came where a was due"):
         sender.send(reversed(tensors()), describe(tensors(), torch.float32))
+
+
+@pytest.mark.gpu
+def test_another_process_reads_the_parameters_where_they_are():
+    tensors = [(str(size), torch.randn(size, device="cuda")) for size in (3, 4096, 100_000)]
+    reader = subprocess.Popen([sys.executable, "-c", READER], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert reader.stdin is not None
+    assert reader.stdout is not None
+    pickle.dump(share(tensors), reader.stdin)
+    reader.stdin.flush()
+    for _ in range(2):
+        assert int(reader.stdout.readline()) == checksum(tensors)
+        for _, tensor in tensors:
+            tensor.add_(1)
+        torch.cuda.synchronize()
+        reader.stdin.write(b"again\n")
+        reader.stdin.flush()
+    reader.stdin.close()
+    assert reader.wait(timeout=60) == 0
