@@ -1,8 +1,8 @@
-"""Decode attention over the paged cache: the last few queries of each sequence, in four launches that a CUDA graph can hold.
+"""Decode attention over the paged cache: the last few queries of each sequence, in four or five launches that a CUDA graph can hold.
 
 1. `first_kernel`: compressed tokens, split along the sequence, with each block's share of the score, per head; and the window's blocks.
 2. `score_kernel`: block scores (the heads' shares, normalised), and the best n blocks of each chunk of blocks.
-3. `blocks_kernel`: the best n of those; attention over the chosen blocks, split by blocks.
+3. `blocks_kernel`: the best n of those; attention over the chosen blocks, split by blocks. In large batches `pick_kernel` finds the n first.
 4. `combine_kernel`: partial results of the three branches, times the gates.
 
 On Hopper and later each of 2 to 4 starts while its predecessor ends. Grids depend on shapes alone; programs past a sequence's end
@@ -28,11 +28,14 @@ import triton
 from nsa.attention import LayerCache
 from nsa.blocks import num_blocks, selection_dtype
 from nsa.config import SparsityConfig
-from nsa.kernels.decode_kernels import blocks_kernel, combine_kernel, first_kernel, score_kernel
+from nsa.kernels.decode_kernels import blocks_kernel, combine_kernel, first_kernel, pick_kernel, score_kernel
 from nsa.kernels.launch import LOG2_E, dot_precision, launch, padded
 
 MIN_PROGRAMS = 512
 """A program of many rows takes several leaves where at least this many programs remain: four to each of an H100's SMs."""
+MIN_PICKED = 128
+"""From this many queries × KV heads on the n best blocks are ranked by a kernel of their own. In smaller batches each program of the next one
+ranks them for itself: the programs are few, and a launch takes longer than what they repeat."""
 FEW_ROWS = 8
 """Up to here partial outputs are small beside the K and V they come from, and programs of one leaf, which need fewer registers, are faster."""
 
@@ -138,7 +141,9 @@ def paged_decode(
     keys = torch.empty(batch * num_new * heads * num_chunks * (tiles.chunk + num) if choose else 0, dtype=torch.int64, device=q.device)
     chunk_keys, candidates = keys.split([len(keys) * tiles.chunk // (tiles.chunk + num), len(keys) * num // (tiles.chunk + num)])
     given = used if selection is None else selection
-    common = {"HEADS": heads, "GROUP": group, "NUM_NEW": num_new}
+    common = {"HEADS": heads, "GROUP": group}
+    ranking = {"NUM": num, "NUM2": triton.next_power_of_2(num), "CHUNK": tiles.chunk, "CANDIDATES": triton.next_power_of_2(num_chunks * num)}
+    picked = choose and batch * num_new * heads >= MIN_PICKED
     dims = {"DK": key_dim, "DV": value_dim, "DK2": padded(key_dim), "DV2": padded(value_dim)}
     raw_dims = {
         "GROUP2": padded(group), "SIZE": size, "TILE": tiles.block_tile, "PAGE": page_size, "ALL_LEAVES": all_leaves,
@@ -152,7 +157,7 @@ def paged_decode(
     launch(
         first_kernel, (heads * (num_parts * row_tiles + num_new * (window_leaves // tiles.block_leaves)), batch),
         q, cache.cmp, cache.raw, block_table, seq_lens, *cmp_stats, leaf_edge, *cmp_parts, scores, *raw_partial, base2,
-        *q.stride()[:3], *cache.cmp.stride()[:3], *cache.raw.stride()[:4], block_table.stride(0), num_leaves, num_parts, count,
+        *q.stride()[:3], *cache.cmp.stride()[:3], *cache.raw.stride()[:4], block_table.stride(0), num_leaves, num_parts, count, num_new,
         **common, **dims, **raw_dims, STRIDE=stride, FIRST=first, PER_BLOCK=per_block, PER_BLOCK2=per_block2, PER_PAGE=page_size // stride,
         LEAF=tiles.leaf, ROWS=tiles.rows, CMP_LEAVES=tiles.compression_leaves, WINDOW=config.window_size, WINDOW_SET=cache.set_index("win"),
         CHOSEN_LEAVES=chosen_leaves, RAW_LEAVES=tiles.block_leaves, SCORES=choose, PDL=pdl,
@@ -161,24 +166,29 @@ def paged_decode(
     if choose:
         launch(
             score_kernel, (heads * num_chunks, num_new, batch),
-            *cmp_stats, leaf_edge, scores, chunk_keys, candidates, given, seq_lens, *given.stride()[:3], num_leaves, num_chunks,
+            *cmp_stats, leaf_edge, scores, chunk_keys, candidates, given, seq_lens, *given.stride()[:3], num_leaves, num_chunks, num_new,
             **common, **after, GROUP2=triton.next_power_of_2(group), STRIDE=stride, FIRST=first, PER_BLOCK=per_block, GROUPS=groups, SIZE=size,
             NUM=num, NUM_INIT=config.num_init_blocks, NUM_LOCAL=config.num_local_blocks, CHUNK=tiles.chunk, GIVEN=selection is not None,
             num_warps=8, enable_fp_fusion=False,
         )  # fmt: skip
+    if picked:
+        launch(
+            pick_kernel, (heads, num_new, batch), seq_lens, candidates, given, used, *given.stride(), num_chunks, num_new,
+            HEADS=heads, SIZE=size, **ranking, **after, GIVEN=selection is not None, num_warps=4,
+        )  # fmt: skip
     launch(
         blocks_kernel, (heads * (chosen_leaves // tiles.block_leaves), num_new, batch),
         q, cache.raw, block_table, seq_lens, candidates, given, used, *raw_partial, base2,
-        *q.stride()[:3], *cache.raw.stride()[:4], block_table.stride(0), *given.stride(), num_chunks, count, **common, **dims, **raw_dims, **after,
-        NUM=num, NUM2=triton.next_power_of_2(num), CHUNK=tiles.chunk, CANDIDATES=triton.next_power_of_2(num_chunks * num),
-        CHOSEN_SET=cache.set_index("slc"), LEAVES=tiles.block_leaves, SCORES=choose, GIVEN=selection is not None, RETURN=return_selection,
+        *q.stride()[:3], *cache.raw.stride()[:4], block_table.stride(0), *given.stride(), num_chunks, count, num_new, **common, **dims, **raw_dims,
+        **after, **ranking, CHOSEN_SET=cache.set_index("slc"), LEAVES=tiles.block_leaves, SCORES=choose and not picked,
+        GIVEN=selection is not None and not picked, RETURN=return_selection and not picked, PICKED=picked,
         num_warps=4, num_stages=1, enable_fp_fusion=False,
     )  # fmt: skip
     # One warp adds up a program's part of a row; 32·32 numbers at a time leave it enough registers.
     columns = max(16, min(padded(value_dim), 32 * min(tiles.compression_leaves, tiles.block_leaves)))
     launch(
         combine_kernel, (num_heads * -(-value_dim // columns), num_new, batch),
-        *cmp_stats, *cmp_parts, *raw_partial, gates, seq_lens, out, *gates.stride(), num_leaves, num_parts,
+        *cmp_stats, *cmp_parts, *raw_partial, gates, seq_lens, out, *gates.stride(), num_leaves, num_parts, num_new,
         **common, **after, DV=value_dim, COLUMNS=columns, STRIDE=stride, SLOTS=groups * per_block, CHOSEN_LEAVES=chosen_leaves,
         ALL_LEAVES=all_leaves, CMP_LEAVES=tiles.compression_leaves, RAW_LEAVES=tiles.block_leaves,
         num_warps=1, enable_fp_fusion=False,

@@ -68,8 +68,8 @@ def merge_leaf(step, leaf_out, leaf_top, out, top, pair_out, pair_top, LEAVES: t
 @triton.jit
 def compression_program(
     q, cmp, table, length, leaf_top, leaf_sum, leaf_edge, part_top, part_out, scores, scale, q_row, q_head, cmp_page, cmp_slot, batch, head, part,
-    first_row, num_leaves, num_parts, num_blocks,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, NUM_NEW: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, DK2: tl.constexpr, DV2: tl.constexpr,
+    first_row, num_leaves, num_parts, num_blocks, num_new,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, DK2: tl.constexpr, DV2: tl.constexpr,
     STRIDE: tl.constexpr, FIRST: tl.constexpr, PER_BLOCK: tl.constexpr, PER_BLOCK2: tl.constexpr, PER_PAGE: tl.constexpr,
     LEAF: tl.constexpr, ROWS: tl.constexpr, LEAVES: tl.constexpr, SCORES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -85,13 +85,13 @@ def compression_program(
         lone_pages = tl.load(table + lone // PER_PAGE, mask=lone < num_blocks * PER_BLOCK, other=0)
     if part * (LEAVES * GROUPS * PER_BLOCK) < num_slots:
         rows = first_row + tl.arange(0, ROWS)
-        real = rows < NUM_NEW * GROUP
-        positions = tl.maximum(length - NUM_NEW + rows // GROUP, 0)
+        real = rows < num_new * GROUP
+        positions = tl.maximum(length - num_new + rows // GROUP, 0)
         dk, dv = tl.arange(0, DK2), tl.arange(0, DV2)
         q_rows = (q + (rows // GROUP) * q_row + (head * GROUP + rows % GROUP) * q_head)[:, None] + dk[None, :]
         if LEAVES > 1:
             queries = tl.load(q_rows, mask=real[:, None] & (dk < DK)[None, :], other=0.0)
-        row_base = (batch * HEADS + head) * (NUM_NEW * GROUP) + rows
+        row_base = (batch * HEADS + head) * (num_new * GROUP) + rows
         in_group = tl.arange(0, PER_BLOCK2)[None, None, :]
         number = tl.broadcast_to(tl.arange(0, GROUPS)[None, :], (ROWS, GROUPS))
         out, top = tl.zeros([ROWS, DV2], tl.float32), tl.full([ROWS], NOTHING, tl.float32)
@@ -109,7 +109,7 @@ def compression_program(
             visible = filled[None, :] & ((slots * STRIDE + (STRIDE - 1))[None, :] <= positions[:, None])
             weights, total, this_top, this_out = attend_leaf(queries, k.to(queries.dtype), v.to(queries.dtype), visible, scale, PRECISION)
             places = row_base * num_leaves + leaf
-            written = rows < tl.where(leaf < num_leaves, NUM_NEW * GROUP, 0)
+            written = rows < tl.where(leaf < num_leaves, num_new * GROUP, 0)
             tl.store(leaf_top + places, this_top, mask=written)
             tl.store(leaf_sum + places, total, mask=written)
             if SCORES:
@@ -181,7 +181,8 @@ def first_kernel(
     q, cmp, raw, block_table, seq_lens, cmp_leaf_top, cmp_leaf_sum, leaf_edge, cmp_part_top, cmp_part_out, scores,
     raw_leaf_top, raw_leaf_sum, raw_part_top, raw_part_out, scale,
     q_batch, q_row, q_head, cmp_page, cmp_slot, cmp_head, raw_page, raw_kind, raw_slot, raw_head, table_batch, num_leaves, num_parts, num_blocks,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP2: tl.constexpr, NUM_NEW: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, DK2: tl.constexpr,
+    num_new,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP2: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, DK2: tl.constexpr,
     DV2: tl.constexpr, STRIDE: tl.constexpr, FIRST: tl.constexpr, PER_BLOCK: tl.constexpr, PER_BLOCK2: tl.constexpr, PER_PAGE: tl.constexpr,
     LEAF: tl.constexpr, ROWS: tl.constexpr, CMP_LEAVES: tl.constexpr, SIZE: tl.constexpr, TILE: tl.constexpr, PAGE: tl.constexpr,
     WINDOW: tl.constexpr, WINDOW_SET: tl.constexpr, CHOSEN_LEAVES: tl.constexpr, ALL_LEAVES: tl.constexpr, RAW_LEAVES: tl.constexpr,
@@ -195,26 +196,26 @@ def first_kernel(
     Of the window, what `attend_blocks` says."""
     if PDL:
         gdc_launch_dependents()
-    ROW_TILES: tl.constexpr = (NUM_NEW * GROUP + ROWS - 1) // ROWS
+    row_tiles = (num_new * GROUP + ROWS - 1) // ROWS
     WINDOW_PARTS: tl.constexpr = (ALL_LEAVES - CHOSEN_LEAVES) // RAW_LEAVES
     head, index = tl.program_id(0) % HEADS, tl.program_id(0) // HEADS
     batch = tl.program_id(1).to(tl.int64)
     length = tl.load(seq_lens + batch).to(tl.int32)
-    if index < ROW_TILES * num_parts:
+    if index < row_tiles * num_parts:
         compression_program(
             q + batch * q_batch, cmp + head * cmp_head, block_table + batch * table_batch, length, cmp_leaf_top, cmp_leaf_sum, leaf_edge,
-            cmp_part_top, cmp_part_out, scores, scale, q_row, q_head, cmp_page, cmp_slot, batch, head, index // ROW_TILES,
-            (index % ROW_TILES) * ROWS, num_leaves, num_parts, num_blocks, HEADS, GROUP, NUM_NEW, DK, DV, DK2, DV2, STRIDE, FIRST, PER_BLOCK,
+            cmp_part_top, cmp_part_out, scores, scale, q_row, q_head, cmp_page, cmp_slot, batch, head, index // row_tiles,
+            (index % row_tiles) * ROWS, num_leaves, num_parts, num_blocks, num_new, HEADS, GROUP, DK, DV, DK2, DV2, STRIDE, FIRST, PER_BLOCK,
             PER_BLOCK2, PER_PAGE, LEAF, ROWS, CMP_LEAVES, SCORES, PRECISION,
         )  # fmt: skip
     elif length > 0:
-        other = index - ROW_TILES * num_parts
+        other = index - row_tiles * num_parts
         query = other // WINDOW_PARTS
-        position = tl.maximum(length - NUM_NEW + query, 0)
+        position = tl.maximum(length - num_new + query, 0)
         lowest = tl.maximum(position - (WINDOW - 1), 0)
         attend_blocks(
             q + batch * q_batch + query * q_row, raw + (head + WINDOW_SET * HEADS) * raw_head, block_table + batch * table_batch, raw_leaf_top,
-            raw_leaf_sum, raw_part_top, raw_part_out, scale, q_head, raw_page, raw_kind, raw_slot, (batch * NUM_NEW + query) * HEADS + head,
+            raw_leaf_sum, raw_part_top, raw_part_out, scale, q_head, raw_page, raw_kind, raw_slot, (batch * num_new + query) * HEADS + head,
             head, other % WINDOW_PARTS, position, lowest, lowest // SIZE, num_blocks, GROUP, GROUP2, DK, DV, DK2, DV2, SIZE, TILE, PAGE,
             CHOSEN_LEAVES, ALL_LEAVES, RAW_LEAVES, False, PRECISION,
         )  # fmt: skip
@@ -230,7 +231,8 @@ def add_sum(total, top, sums, tops):
 @triton.jit(do_not_specialize=["num_leaves", "num_chunks"])
 def score_kernel(
     leaf_top, leaf_sum, leaf_edge, scores, chunk_keys, candidates, given, seq_lens, given_batch, given_row, given_head, num_leaves, num_chunks,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP2: tl.constexpr, NUM_NEW: tl.constexpr, STRIDE: tl.constexpr, FIRST: tl.constexpr,
+    num_new,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP2: tl.constexpr, STRIDE: tl.constexpr, FIRST: tl.constexpr,
     PER_BLOCK: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr, NUM: tl.constexpr, NUM_INIT: tl.constexpr, NUM_LOCAL: tl.constexpr,
     CHUNK: tl.constexpr, GIVEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -242,7 +244,7 @@ def score_kernel(
     head, chunk = tl.program_id(0) % HEADS, tl.program_id(0) // HEADS
     query, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     length = tl.load(seq_lens + batch).to(tl.int32)
-    current = tl.maximum(length - NUM_NEW + query, 0) // SIZE
+    current = tl.maximum(length - num_new + query, 0) // SIZE
     wanted = (length > 0) & (chunk * CHUNK <= current)
     if GIVEN:
         wanted = wanted & (tl.load(given + batch * given_batch + query * given_row + head * given_head).to(tl.int32) == RECOMPUTE)
@@ -252,7 +254,7 @@ def score_kernel(
         return
     member = tl.arange(0, GROUP2)
     real = member < GROUP
-    rows = ((batch * HEADS + head) * NUM_NEW + query) * GROUP + member
+    rows = ((batch * HEADS + head) * num_new + query) * GROUP + member
     filled_leaves = tl.cdiv(length // STRIDE, GROUPS * PER_BLOCK)
     blocks = chunk * CHUNK + tl.arange(0, CHUNK)
     leaves = blocks // GROUPS
@@ -283,7 +285,7 @@ def score_kernel(
     bits = tl.where(forced, 0x7F800000, score.to(tl.int32, bitcast=True)).to(tl.int64)
     keys = tl.where(blocks <= current, (bits << 32) | (0x7FFFFFFF - blocks).to(tl.int64), -1 - blocks.to(tl.int64))
     # Through memory, so that the ranking does not inherit the scores' layout, which repeats every element in many threads.
-    place = ((batch * NUM_NEW + query) * HEADS + head) * num_chunks + chunk
+    place = ((batch * num_new + query) * HEADS + head) * num_chunks + chunk
     column = tl.arange(0, CHUNK)
     tl.store(chunk_keys + place * CHUNK + column, keys)
     tl.debug_barrier()
@@ -298,13 +300,14 @@ def score_kernel(
 
 
 @triton.jit
-def best_blocks(candidates, num_keys, NUM: tl.constexpr, NUM2: tl.constexpr, CANDIDATES: tl.constexpr):
-    """The NUM best of `num_keys` keys: block numbers `[NUM2]` ascending, then −1."""
+def best_blocks(candidates, num_keys, end, NUM: tl.constexpr, NUM2: tl.constexpr, CANDIDATES: tl.constexpr):
+    """The NUM best of `num_keys` keys: block numbers `[NUM2]` ascending, then −1. `end`: CANDIDATES, or num_keys, which compares fewer in a
+    loop that the compiler cannot unroll."""
     SLICE: tl.constexpr = 32 if CANDIDATES > 32 else CANDIDATES
     entry, order = tl.arange(0, CANDIDATES), tl.arange(0, NUM2)
     keys = tl.load(candidates + entry, mask=entry < num_keys, other=-1)
     better = tl.zeros([SLICE, CANDIDATES], tl.int32)
-    for start in tl.range(0, CANDIDATES, SLICE, loop_unroll_factor=4):
+    for start in tl.range(0, end, SLICE, loop_unroll_factor=4):
         place = start + tl.arange(0, SLICE)
         others = tl.load(candidates + place, mask=place < num_keys, other=-1)
         better += (others[:, None] > keys[None, :]).to(tl.int32)
@@ -318,40 +321,83 @@ def best_blocks(candidates, num_keys, NUM: tl.constexpr, NUM2: tl.constexpr, CAN
     return ascending
 
 
+@triton.jit
+def chosen_blocks(
+    candidates, given, position, entry, given_entry, num_chunks, order,
+    SIZE: tl.constexpr, NUM: tl.constexpr, NUM2: tl.constexpr, CHUNK: tl.constexpr, CANDIDATES: tl.constexpr, SCORES: tl.constexpr,
+    GIVEN: tl.constexpr, BOUNDED: tl.constexpr,
+):  # fmt: skip
+    """The blocks `[NUM2]` of one query and KV head, ascending, then −1: the best of the candidates, all where no more than NUM exist, or the
+    row at `given`."""
+    if SCORES:
+        num_keys = tl.minimum(position // SIZE // CHUNK + 1, num_chunks) * NUM
+        chosen = best_blocks(candidates + entry * num_chunks * NUM, num_keys, num_keys if BOUNDED else CANDIDATES, NUM, NUM2, CANDIDATES)
+    else:
+        chosen = tl.where(order <= position // SIZE, order, -1)
+    if GIVEN:
+        replayed = tl.load(given + order * given_entry, mask=order < NUM, other=-1).to(tl.int32)
+        chosen = tl.where(tl.load(given).to(tl.int32) == RECOMPUTE, chosen, replayed)
+    return chosen
+
+
+@triton.jit(do_not_specialize=["num_chunks"])
+def pick_kernel(
+    seq_lens, candidates, given, selection, given_batch, given_row, given_head, given_entry, num_chunks, num_new,
+    HEADS: tl.constexpr, SIZE: tl.constexpr, NUM: tl.constexpr, NUM2: tl.constexpr, CHUNK: tl.constexpr, CANDIDATES: tl.constexpr,
+    GIVEN: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """The selection of one query and KV head, for batches in which the programs of `blocks_kernel` should not all rank the candidates."""
+    if PDL:
+        gdc_launch_dependents()
+    head, query, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    length = tl.load(seq_lens + batch).to(tl.int32)
+    if PDL:
+        gdc_wait()
+    order = tl.arange(0, NUM2)
+    entry = (batch * num_new + query) * HEADS + head
+    chosen = tl.full([NUM2], -1, tl.int32)
+    if length > 0:
+        row = given + batch * given_batch + query * given_row + head * given_head
+        chosen = chosen_blocks(
+            candidates, row, tl.maximum(length - num_new + query, 0), entry, given_entry, num_chunks, order, SIZE, NUM, NUM2, CHUNK, CANDIDATES,
+            True, GIVEN, True,
+        )  # fmt: skip
+    tl.store(selection + entry * NUM + order, chosen.to(selection.dtype.element_ty), mask=order < NUM)
+
+
 @triton.jit(do_not_specialize=["num_chunks", "num_blocks"])
 def blocks_kernel(
     q, raw, block_table, seq_lens, candidates, given, selection, leaf_top, leaf_sum, part_top, part_out, scale,
     q_batch, q_row, q_head, raw_page, raw_kind, raw_slot, raw_head, table_batch, given_batch, given_row, given_head, given_entry, num_chunks,
-    num_blocks,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP2: tl.constexpr, NUM_NEW: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, DK2: tl.constexpr,
+    num_blocks, num_new,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP2: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, DK2: tl.constexpr,
     DV2: tl.constexpr, SIZE: tl.constexpr, TILE: tl.constexpr, PAGE: tl.constexpr, NUM: tl.constexpr, NUM2: tl.constexpr, CHUNK: tl.constexpr,
     CANDIDATES: tl.constexpr, CHOSEN_SET: tl.constexpr, ALL_LEAVES: tl.constexpr, LEAVES: tl.constexpr, SCORES: tl.constexpr,
-    GIVEN: tl.constexpr, RETURN: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    GIVEN: tl.constexpr, RETURN: tl.constexpr, PICKED: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One query's heads of one KV head over LEAVES leaves of the chosen blocks; the first program also writes the selection."""
+    """One query's heads of one KV head over LEAVES leaves of the chosen blocks, which stand in `selection` (PICKED) or are found here; then the
+    first program writes them there (RETURN)."""
     if PDL:
         gdc_launch_dependents()
     head, part = tl.program_id(0) % HEADS, tl.program_id(0) // HEADS
     query, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     length = tl.load(seq_lens + batch).to(tl.int32)
     order = tl.arange(0, NUM2)
-    entry = (batch * NUM_NEW + query) * HEADS + head
+    entry = (batch * num_new + query) * HEADS + head
     if PDL:
         gdc_wait()
     if length == 0:
         if RETURN & (part == 0):
             tl.store(selection + entry * NUM + order, tl.full([NUM2], -1, tl.int32).to(selection.dtype.element_ty), mask=order < NUM)
         return
-    position = tl.maximum(length - NUM_NEW + query, 0)
-    if SCORES:
-        num_keys = tl.minimum(position // SIZE // CHUNK + 1, num_chunks) * NUM
-        chosen = best_blocks(candidates + entry * num_chunks * NUM, num_keys, NUM, NUM2, CANDIDATES)
+    position = tl.maximum(length - num_new + query, 0)
+    if PICKED:
+        chosen = tl.load(selection + entry * NUM + order, mask=order < NUM, other=-1).to(tl.int32)
     else:
-        chosen = tl.where(order <= position // SIZE, order, -1)
-    if GIVEN:
         row = given + batch * given_batch + query * given_row + head * given_head
-        replayed = tl.load(row + order * given_entry, mask=order < NUM, other=-1).to(tl.int32)
-        chosen = tl.where(tl.load(row).to(tl.int32) == RECOMPUTE, chosen, replayed)
+        chosen = chosen_blocks(
+            candidates, row, position, entry, given_entry, num_chunks, order, SIZE, NUM, NUM2, CHUNK, CANDIDATES, SCORES, GIVEN, False,
+        )  # fmt: skip
     if RETURN & (part == 0):
         tl.store(selection + entry * NUM + order, chosen.to(selection.dtype.element_ty), mask=order < NUM)
     attend_blocks(
@@ -385,8 +431,8 @@ def add_leaves(out, total, top, tops, sums, part_tops, outs):
 @triton.jit(do_not_specialize=["num_leaves", "num_parts"])
 def combine_kernel(
     cmp_leaf_top, cmp_leaf_sum, cmp_part_top, cmp_part_out, raw_leaf_top, raw_leaf_sum, raw_part_top, raw_part_out, gates, seq_lens, out,
-    gates_batch, gates_row, gates_head, gates_branch, num_leaves, num_parts,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, NUM_NEW: tl.constexpr, DV: tl.constexpr, COLUMNS: tl.constexpr, STRIDE: tl.constexpr,
+    gates_batch, gates_row, gates_head, gates_branch, num_leaves, num_parts, num_new,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, DV: tl.constexpr, COLUMNS: tl.constexpr, STRIDE: tl.constexpr,
     SLOTS: tl.constexpr, CHOSEN_LEAVES: tl.constexpr, ALL_LEAVES: tl.constexpr, CMP_LEAVES: tl.constexpr, RAW_LEAVES: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
@@ -399,12 +445,12 @@ def combine_kernel(
     chosen_gate = tl.load(gate + gates_branch).to(tl.float32)
     window_gate = tl.load(gate + 2 * gates_branch).to(tl.float32)
     dv = (tl.program_id(0) % SLICES) * COLUMNS + tl.arange(0, COLUMNS)
-    row = (batch * NUM_NEW + query) * (HEADS * GROUP) + head
+    row = (batch * num_new + query) * (HEADS * GROUP) + head
     if PDL:
         gdc_wait()
     result = tl.zeros([COLUMNS], tl.float32)
     if length > 0:
-        cmp_row = ((batch * HEADS + head // GROUP) * NUM_NEW + query) * GROUP + head % GROUP
+        cmp_row = ((batch * HEADS + head // GROUP) * num_new + query) * GROUP + head % GROUP
         RAW_PARTS: tl.constexpr = ALL_LEAVES // RAW_LEAVES
         cmp_tops, cmp_sums = cmp_leaf_top + cmp_row * num_leaves, cmp_leaf_sum + cmp_row * num_leaves
         cmp_part_tops, cmp_outs = cmp_part_top + cmp_row * num_parts, cmp_part_out + cmp_row * num_parts * DV

@@ -8,6 +8,7 @@ import torch
 from nsa import torch_backend
 from nsa.attention import LayerCache
 from nsa.cache import NSACache, plan_write, write_layer
+from nsa.kernels import decode
 from nsa.kernels.decode import DecodeTiles, decode_tiles, paged_decode
 from nsa.reference import reference_attention
 from nsa.testing import AttentionInputs, assert_same_selection, clear_choices, cumulative, make_inputs, relative_rms, same_blocks, tiny_config
@@ -212,6 +213,24 @@ def test_a_row_is_the_same_in_any_batch():
     for rows in ([2], [1, 0]):
         other, same = call.part(rows).run()
         assert torch.equal(other, out[rows]) and torch.equal(same, chosen[rows])
+
+
+@pytest.mark.parametrize("replays", [False, True])
+def test_where_the_best_blocks_are_ranked_changes_no_bit(monkeypatch, replays):
+    """In large batches a kernel of its own ranks the candidates; short, padded and replayed rows included."""
+    call = prepare(make_inputs(tiny_config().sparsity, lengths=[331, 40, 75, 14], num_kv_heads=2, group_size=2), num_new=3)
+    call = replace(call, seq_lens=call.seq_lens * torch.tensor([1, 1, 0, 1], device=DEVICE))
+    given = None
+    if replays:
+        given = torch.full((4, 3, 2, 4), -2, device=DEVICE)
+        given[0, :, 1] = torch.tensor([1, 4, 7, -1], device=DEVICE)
+    kept = call.run(selection=given, tiles=tiles(call, leaf=16, chunk=16))
+    launched = []
+    monkeypatch.setattr(decode, "MIN_PICKED", 24)
+    monkeypatch.setattr(decode, "launch", lambda kernel, *a, real=decode.launch, **k: (launched.append(kernel), real(kernel, *a, **k)))
+    for found, expected in zip(call.run(selection=given, tiles=tiles(call, leaf=16, chunk=16)), kept, strict=True):
+        assert torch.equal(found, expected)
+    assert decode.pick_kernel in launched
 
 
 def test_any_strides():
