@@ -14,7 +14,7 @@ Leaves out the model (model.py) and what differs between vLLM versions (versions
 # pyright: reportMissingImports=false, reportMissingModuleSource=false
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -44,8 +44,22 @@ if TYPE_CHECKING:
 
 GATHERED_KEYS = 2**16
 """Cached tokens that one attention call of a prefill step copies out of the pages, at least one sequence's."""
+DECODE_TOKENS = 512
+"""Tokens of one decode call of a step with prefills; its scratch memory grows with them."""
+LONG_CONTEXT = 32
+"""New tokens are attended to one by one where the sequence is at least so many times as long."""
 RECORD_SELECTION = "nsa_record_selection"
 """Key of vLLM's `additional_config`: keep every token's block choices beside its page."""
+
+
+@dataclass(frozen=True, slots=True)
+class DecodePart:
+    """Neighbouring tokens of a step that are attended to one by one, each as the last of a sequence: their rows among the step's
+    tokens, block table `[B, P]` and lengths `[B]`, 0 for padding."""
+
+    rows: slice
+    block_table: torch.Tensor
+    seq_lens: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,14 +74,13 @@ class PrefillPart:
 
 @dataclass(slots=True)
 class StepMetadata(AttentionMetadata):
-    """One step's batch, shared by all layers. The first `num_decodes` rows have one new token each (`seq_lens` 0: padding);
-    `write` is made on the device by the first layer of each pass (inside the CUDA graph, where there is one)."""
+    """One step's batch, shared by all layers. Without `rows_T` each row has one new token (`seq_lens` 0: padding); `write` is
+    made on the device by the first layer of each pass (inside the CUDA graph, where there is one)."""
 
     num_tokens: int
-    num_decodes: int
     block_table: torch.Tensor
     seq_lens: torch.Tensor
-    prefills: tuple[PrefillPart, ...] = ()
+    parts: tuple[DecodePart | PrefillPart, ...]
     rows_T: torch.Tensor | None = None
     positions_T: torch.Tensor | None = None
     complete: torch.Tensor | None = None
@@ -77,7 +90,7 @@ class StepMetadata(AttentionMetadata):
     def plan_write(self, page_size: int, config: SparsityConfig) -> CacheWrite:
         """Where this step's tokens go."""
         if self.rows_T is None or self.positions_T is None:
-            rows, positions = torch.arange(self.num_decodes, device=self.seq_lens.device), self.seq_lens.long() - 1
+            rows, positions = torch.arange(self.num_tokens, device=self.seq_lens.device), self.seq_lens.long() - 1
             return plan_write(self.block_table, rows, positions, page_size=page_size, config=config, dynamic=False)
         plan = plan_write(self.block_table, self.rows_T, self.positions_T, page_size=page_size, config=config, dynamic=False)
         return CacheWrite(plan.raw_slots, plan.cmp_slots[self.complete], plan.cmp_sources[self.complete])
@@ -103,30 +116,28 @@ class NSAMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
         if not self.on_kernels:  # they stop where a sequence ends, and of each width there would be others to compile
             columns = min(columns, -(-common.max_seq_len // self.page_size))
         if common.max_query_len <= 1:
-            table = common.block_table_tensor[: common.num_reqs, :columns]
-            return StepMetadata(
-                num_tokens=common.num_reqs, num_decodes=common.num_reqs, block_table=table, seq_lens=common.seq_lens[: common.num_reqs]
-            )
+            table, lengths = common.block_table_tensor[: common.num_reqs, :columns], common.seq_lens[: common.num_reqs]
+            part = DecodePart(slice(0, common.num_reqs), table, lengths)
+            return StepMetadata(num_tokens=common.num_reqs, block_table=table, seq_lens=lengths, parts=(part,))
         ends = common.query_start_loc_cpu.long()
         counts = ends.diff()
         num_rows = int((counts > 0).sum())  # padded rows, at the end, have no tokens
-        counts, lengths = counts[:num_rows], self._host_lengths(common)[:num_rows]
-        num_decodes = int((counts > 1).int().argmax())
+        ends, counts, lengths = ends[: num_rows + 1], counts[:num_rows], self._host_lengths(common)[:num_rows]
         rows = torch.arange(num_rows).repeat_interleave(counts)
         positions = torch.arange(len(rows)) - ends[rows] + (lengths - counts)[rows]
         l, d = self.sparsity.compress_block_size, self.sparsity.compress_stride
         complete = ((positions >= l - 1) & ((positions - (l - 1)) % d == 0)).nonzero().flatten()
-        table = common.block_table_tensor[:num_rows, :columns]
-        return StepMetadata(
+        step = StepMetadata(
             num_tokens=len(rows),
-            num_decodes=num_decodes,
-            block_table=table,
+            block_table=common.block_table_tensor[:num_rows, :columns],
             seq_lens=common.seq_lens[:num_rows],
-            prefills=tuple(self._prefills(num_decodes, ends, counts, lengths, table)),
+            parts=(),
             rows_T=self._to_device(rows),
             positions_T=self._to_device(positions),
             complete=self._to_device(complete),
         )
+        step.parts = tuple(self._parts(step, ends, counts, lengths))
+        return step
 
     @staticmethod
     def _host_lengths(common: CommonAttentionMetadata) -> torch.Tensor:
@@ -139,27 +150,49 @@ class NSAMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
             tensor = tensor.pin_memory()
         return tensor.to(self.device, non_blocking=True)
 
-    def _prefills(self, first: int, ends: torch.Tensor, counts: torch.Tensor, lengths: torch.Tensor, table: torch.Tensor) -> list[PrefillPart]:
-        """Sequences from `first` on, in calls that copy a bounded number of cached tokens each."""
-        parts, cached = [], (lengths > counts).tolist()
-        keys = lengths.tolist()
+    def _parts(self, step: StepMetadata, ends: torch.Tensor, counts: torch.Tensor, lengths: torch.Tensor) -> Iterator[DecodePart | PrefillPart]:
+        """The step's sequences in calls of one way each: token by token, whole, or with cached tokens that are copied together.
+
+        Token by token costs n·l' + w + s/d tokens each and nothing more; it is also for the few new tokens after a long cached
+        prompt, where copying all of it would cost more."""
+        alone = (counts == 1) | ((counts <= self.page_size) & (lengths >= LONG_CONTEXT * counts) & (lengths > counts))
+        ways = torch.where(alone, 0, torch.where(lengths > counts, 1, 2)).tolist()
+        keys, starts = lengths.tolist(), ends.tolist()
+        first = 0
         while first < len(keys):
             last, total = first + 1, keys[first]
-            while last < len(keys) and cached[last] == cached[first] and (not cached[first] or total + keys[last] <= GATHERED_KEYS):
+            while last < len(keys) and ways[last] == ways[first] and (ways[first] != 1 or total + keys[last] <= GATHERED_KEYS):
                 total += keys[last]
                 last += 1
-            query_ends = ends[first : last + 1] - ends[first]
-            key_ends = torch.cat([torch.zeros(1, dtype=torch.long), lengths[first:last].cumsum(0)])
-            plan = plan_batch(query_ends, key_ends, config=self.sparsity, num_heads=self.num_heads, device=self.device, backend=self.backend_name)
-            slots = None
-            if cached[first]:
-                sequence = torch.arange(first, last).repeat_interleave(lengths[first:last])
-                position = torch.arange(total) - key_ends[:-1].repeat_interleave(lengths[first:last])
-                page = self._to_device(position // self.page_size)
-                slots = table[self._to_device(sequence), page].long() * self.page_size + self._to_device(position % self.page_size)
-            parts.append(PrefillPart(slice(int(ends[first]), int(ends[last])), plan, slots))
+            if ways[first] == 0:
+                yield from self._token_parts(step, first, last, starts)
+            else:
+                yield self._prefill_part(step, first, last, ends, lengths, cached=ways[first] == 1)
             first = last
-        return parts
+
+    @staticmethod
+    def _token_parts(step: StepMetadata, first: int, last: int, starts: list[int]) -> Iterator[DecodePart]:
+        start, end = starts[first], starts[last]
+        if end - start == last - first:
+            yield DecodePart(slice(start, end), step.block_table[first:last], step.seq_lens[first:last])
+            return
+        assert step.rows_T is not None and step.positions_T is not None
+        for begin in range(start, end, DECODE_TOKENS):
+            rows = slice(begin, min(begin + DECODE_TOKENS, end))
+            yield DecodePart(rows, step.block_table[step.rows_T[rows]], (step.positions_T[rows] + 1).int())
+
+    def _prefill_part(self, step: StepMetadata, first: int, last: int, ends: torch.Tensor, lengths: torch.Tensor, *, cached: bool) -> PrefillPart:
+        query_ends = ends[first : last + 1] - ends[first]
+        key_ends = torch.cat([torch.zeros(1, dtype=torch.long), lengths[first:last].cumsum(0)])
+        plan = plan_batch(query_ends, key_ends, config=self.sparsity, num_heads=self.num_heads, device=self.device, backend=self.backend_name)
+        slots = None
+        if cached:
+            sequence = torch.arange(first, last).repeat_interleave(lengths[first:last])
+            position = torch.arange(len(sequence)) - key_ends[:-1].repeat_interleave(lengths[first:last])
+            page = self._to_device(position // self.page_size)
+            offset = self._to_device(position % self.page_size)
+            slots = step.block_table[self._to_device(sequence), page].long() * self.page_size + offset
+        return PrefillPart(slice(int(ends[first]), int(ends[last])), plan, slots)
 
 
 class SideMetadataBuilder(AttentionMetadataBuilder[AttentionMetadata]):
@@ -308,12 +341,12 @@ class NSACacheLayer(nn.Module, AttentionLayerBase):
             assert step.write is not None
             write_layer(cache, key_sets, value_sets, step.write, phi)
         common: dict[str, Any] = {"phi": phi, "config": self.sparsity, "return_selection": self.selected is not None}
-        count = step.num_decodes
-        if count:
-            table, lengths = step.block_table[:count], step.seq_lens[:count]
-            result = nsa_decode(q[:count, None], cache, table, lengths, gates[:count, None], backend=self.backend_name, **common)
-            self._store(out, slice(0, count), result, step)
-        for part in step.prefills:
+        for part in step.parts:
+            if isinstance(part, DecodePart):
+                queries, gate = q[part.rows, None], gates[part.rows, None]
+                result = nsa_decode(queries, cache, part.block_table, part.seq_lens, gate, backend=self.backend_name, **common)
+                self._store(out, part.rows, result, step)
+                continue
             if part.key_slots is None:
                 sets = [(k[part.rows], v[part.rows]) for k, v in zip(key_sets, value_sets, strict=True)]
             else:

@@ -1,27 +1,34 @@
 """Calls that have the prefill kernels compiled before the first request, and their memory measured by vLLM.
 
-A kernel is compiled when it is first met, for the kinds of lengths that it meets; vLLM's own warm-up reaches decodes only.
+A kernel is compiled when it is first met, for the kinds of lengths that it meets; vLLM's own warm-up reaches decodes in its CUDA graphs only.
 """
 
 from __future__ import annotations
 
 import torch
 
-from nsa.attention import BranchKV, LayerCache, Phi, nsa_attention, plan_batch
+from nsa.attention import BranchKV, LayerCache, Phi, nsa_attention, nsa_decode, plan_batch
 from nsa.config import SparsityConfig
+
+DECODES = (1, 16, 64, 512)
+"""Sequences of the decode calls: how a call is cut into programs depends on their number."""
 
 
 def prefill_lengths(num_tokens: int, max_length: int) -> list[tuple[int, int, int]]:
-    """(sequences, queries, keys of each) of the calls: long and short chunks, whole and cached sequences, one and several."""
+    """(sequences, queries, keys of each) of the calls: long and short chunks, whole and cached sequences, one and several, and
+    keys in powers of two up to the longest sequence."""
     long, short = max(1, min(num_tokens, max_length)), max(1, min(64, num_tokens, max_length))
     half = max(1, long // 2)
-    cached = [
+    calls = [
+        (1, long, long),
+        (2, half, half),
+        (1, short, short),
+        (4, short, short),
         (1, long, min(2 * long, max_length)),
         (2, half, min(4 * half, max_length)),
-        (1, short, min(4096, max_length)),
-        (4, short, min(4096, max_length)),
     ]
-    return [(1, long, long), (2, half, half), (1, short, short), (4, short, short), *((n, q, max(q, k)) for n, q, k in cached)]
+    powers = [2**k for k in range(7, max_length.bit_length())] + [max_length]
+    return calls + [(4, short, max(short, min(128, max_length)))] + [(1, short, max(short, keys)) for keys in powers]
 
 
 @torch.no_grad()
@@ -29,7 +36,8 @@ def warm_up(
     config: SparsityConfig, phi: Phi | None, *, num_heads: int, num_kv_heads: int, num_sets: int, key_dim: int, value_dim: int, page_size: int,
     dtype: torch.dtype, device: torch.device, num_tokens: int, max_length: int, record: bool,
 ) -> None:  # fmt: skip
-    """Prefill once in every way: steps of at most `num_tokens` tokens, sequences of at most `max_length`.
+    """Prefill once in every way, and decode few and many sequences: steps of at most `num_tokens` tokens, sequences of at most
+    `max_length`.
 
     Args:
         phi: the compressor's tensors; None for the mean. record: selections are asked for.
@@ -49,8 +57,14 @@ def warm_up(
     raw = torch.zeros(2, 2, page_size, rows, max(key_dim, value_dim), dtype=dtype, device=device)
     cmp = torch.zeros(2, page_size // config.compress_stride, num_kv_heads, key_dim + value_dim, dtype=dtype, device=device)
     tokens = torch.zeros(config.compress_block_size, dtype=torch.int64, device=device)
+    cache = LayerCache(raw, cmp, key_dim, value_dim, num_sets)
+    for batch in DECODES:
+        q = torch.zeros(batch, 1, num_heads, key_dim, dtype=dtype, device=device)
+        table = torch.zeros(batch, -(-max_length // page_size), dtype=torch.int32, device=device)
+        gates, lengths = torch.ones(*q.shape[:3], 3, device=device), torch.ones(batch, dtype=torch.int32, device=device)
+        nsa_decode(q, cache, table, lengths, gates, phi=phi, config=config, return_selection=record, backend="triton")
     write_pages(
-        LayerCache(raw, cmp, key_dim, value_dim, num_sets), raw[0, 0, :1, :, :key_dim].expand(len(tokens), -1, -1),
+        cache, raw[0, 0, :1, :, :key_dim].expand(len(tokens), -1, -1),
         raw[0, 1, :1, :, :value_dim].expand(len(tokens), -1, -1), torch.ones(1, 1, dtype=torch.int32, device=device),
         torch.arange(len(tokens), device=device), rows=tokens, complete=tokens[-1:] + len(tokens) - 1, phi=phi, config=config,
     )  # fmt: skip

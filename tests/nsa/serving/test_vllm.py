@@ -200,6 +200,31 @@ def test_requests_of_one_step_read_each_others_new_pages(separate: Served) -> No
     assert_exact(separate.model, prompts, results)
 
 
+def test_a_few_new_tokens_after_a_long_cached_prompt(separate: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are attended to one by one, beside decodes and a long chunk: chunks of several lengths, over page borders too."""
+    from nsa.serving.backend import NSAMetadataBuilder
+
+    (prompt,) = random_prompts(1990, seed=11)
+    ends = random_prompts(1, 3, 9, 20, 45, seed=12)
+    assert separate.llm.reset_prefix_cache()
+    run(separate, [prompt], num_tokens=1)
+    ways: list[list[str]] = []
+    build = NSAMetadataBuilder.build
+
+    def watched(self: Any, *arguments: Any, **named: Any) -> Any:
+        step = build(self, *arguments, **named)
+        ways.append([f"{type(part).__name__} {part.rows.stop - part.rows.start}" for part in step.parts])
+        return step
+
+    monkeypatch.setattr(NSAMetadataBuilder, "build", watched)
+    monkeypatch.setattr("nsa.serving.backend.DECODE_TOKENS", 7)
+    prompts = [*([*prompt, *end] for end in ends), *random_prompts(150, seed=13)]
+    results = run(separate, prompts, num_tokens=12, record=True)
+    assert [result.num_cached for result in results] == [1984] * 4 + [1984, 0]
+    assert any(step.count("DecodePart 7") >= 2 for step in ways) and any(len({way.split()[0] for way in step}) == 2 for step in ways), ways
+    assert_exact(separate.model, prompts, results)
+
+
 def test_preempted_requests_are_computed_again(separate: Served) -> None:
     prompts = random_prompts(*[560] * 7, seed=3)
     scheduler = separate.core.scheduler
