@@ -9,7 +9,7 @@
          └ dynamic sampling
     every step: metrics.jsonl, samples.jsonl      every N: evaluate (same engine), checkpoint
 
-Nothing flows back but weights. Rollout, reward and learner are handles of a runtime (Ray actors, or this process), so
+Where vLLM shares the learner's GPU it sleeps during the update. Nothing flows back but weights. Rollout, reward and learner are handles of a runtime (Ray actors, or this process), so
 what stands here is the same for both. Groups reach the learner in the prompts' order, whatever order they were finished
 in: a run is a function of its configuration. Leaves out every formula, and where things run.
 """
