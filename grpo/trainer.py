@@ -9,9 +9,10 @@
          └ dynamic sampling
     every step: metrics.jsonl, samples.jsonl      every N: evaluate (same engine), checkpoint
 
-Where vLLM shares the learner's GPU it sleeps during the update. Nothing flows back but weights. Rollout, reward and learner are handles of a runtime (Ray actors, or this process), so
-what stands here is the same for both. Groups reach the learner in the prompts' order, whatever order they were finished
-in: a run is a function of its configuration. Leaves out every formula, and where things run.
+Nothing flows back but weights. Rollout, reward and learner are handles of a runtime (Ray actors, or this process), so
+what stands here is the same for both. Where vLLM shares the learner's GPU, it sleeps during the update. Groups reach the
+learner in the prompts' order, whatever order they were finished in: a run is a function of its configuration. Leaves out
+every formula, and where things run.
 """
 
 from __future__ import annotations
