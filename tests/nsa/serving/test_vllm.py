@@ -311,10 +311,11 @@ def assert_close(model: NSAForCausalLM, prompts: Sequence[Sequence[int]], result
     assert worst <= (0.06 if same else 0.3) and lead <= (0.1 if same else 0.3) and equal >= 0.99, "\n".join(report)
 
 
-def test_bfloat16(tmp_path: Path) -> None:
+def test_bfloat16_and_pages_of_two_blocks(tmp_path: Path) -> None:
     model = checkpoint(tmp_path).to(torch.bfloat16)
     prompts = random_prompts(3, 100, 700, 1500, seed=7)
-    with serving(tmp_path, model, dtype="bfloat16", max_num_batched_tokens=100) as served:
+    with serving(tmp_path, model, dtype="bfloat16", max_num_batched_tokens=100, block_size=128) as served:
+        assert served.vllm_model.model.layers[0].self_attn.attention.cache().page_size == 128
         assert_close(model, prompts, run(served, prompts, num_tokens=40, record=True))
 
 
