@@ -14,6 +14,7 @@ rest being the host's. Weight sync: every parameter copied in place from tensors
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import re
@@ -300,6 +301,8 @@ def main() -> None:
                     raise ValueError(f"--{name} takes {', '.join(allowed)}, got {value!r}")
         for text in args.cases.split(","):
             Case.parse(text)
+        if importlib.util.find_spec("vllm") is None:
+            raise ValueError("vLLM is not installed here: pip install '.[vllm]' in a checkout")
     except ValueError as error:
         parser.error(str(error))
     rows: list[list[str]] = []
