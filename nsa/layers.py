@@ -31,9 +31,9 @@ ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 @dataclass(frozen=True, slots=True)
 class StepContext:
-    """What every layer of one forward pass shares. Without `write` no cache is used; with `decode` all queries are the
-    last `T/B` tokens of `block_table`'s sequences; otherwise `key_slots` (chunked prefill) names the raw slots of all
-    keys, or is None where the new tokens are the whole sequences."""
+    """What every layer of one forward pass shares. Where there is a cache, `write` says where new tokens go; without it (with `decode`, on
+    the kernels) they are the last ones of `block_table`'s sequences. With `decode` all queries are these sequences' last `T/B` tokens;
+    otherwise `key_slots` (chunked prefill) names the raw slots of all keys, or is None where the new tokens are the whole sequences."""
 
     cos: torch.Tensor
     sin: torch.Tensor
@@ -242,6 +242,20 @@ class NSAAttention(nn.Module):
             pairs = [(self.cmp_k_proj, self.cmp_v_proj), *pairs, (self.win_k_proj, self.win_v_proj)]
         return [(self._keys(x, k, step), linear(x, v).unflatten(-1, (-1, self.value_dim))) for k, v in pairs]
 
+    def _write(self, cache: LayerCache, sets: list[KeyValue], step: StepContext, phi: Phi | None) -> None:
+        """New tokens' K and V to the cache, and the compressed tokens that they complete."""
+        keys, values = [k for k, _ in sets], [v for _, v in sets]
+        if step.write is not None:
+            write_layer(cache, keys, values, step.write, phi)
+            return
+        from nsa.kernels.page_write import write_pages
+
+        assert step.decode and step.block_table is not None and step.seq_lens is not None
+        write_pages(
+            cache, torch.cat(keys, dim=1), torch.cat(values, dim=1), step.block_table, step.seq_lens,
+            rows=None, complete=None, phi=phi, config=self.sparsity,
+        )  # fmt: skip
+
     def forward(
         self, x: torch.Tensor, step: StepContext, cache: LayerCache | None, selection: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -255,8 +269,7 @@ class NSAAttention(nn.Module):
         gates = self.gates(logits, self.branch_mix if self.config.gate == "blend" else None, x.shape[0], x.device)
         phi = self.phi()
         if cache is not None:
-            assert step.write is not None
-            write_layer(cache, [k for k, _ in sets], [v for _, v in sets], step.write, phi)
+            self._write(cache, sets, step, phi)
         common = {"phi": phi, "config": self.sparsity, "return_selection": step.return_selection, "backend": self.config.attention_backend}
         if step.decode:
             assert cache is not None and step.block_table is not None and step.seq_lens is not None

@@ -19,7 +19,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from nsa.attention import LayerCache, plan_batch
+from nsa.attention import LayerCache, plan_batch, resolve_backend
 from nsa.cache import NSACache, plan_write
 from nsa.config import NSAConfig
 from nsa.layers import Compressor, DecoderLayer, NSAAttention, RMSNorm, RotaryEmbedding, StepContext, linear
@@ -282,7 +282,9 @@ class NSAModel(NSAPreTrainedModel):
         table, lengths = block_table_BP.to(device), seq_lens_B.to(device)
         positions = lengths.long() - 1
         rows = torch.arange(len(lengths), device=device)
-        write = plan_write(table, rows, positions, page_size=caches[0].page_size, config=self.config.sparsity, dynamic=dynamic)
+        write = None
+        if resolve_backend(self.config.attention_backend, device) != "triton":  # the kernels find out for themselves where tokens go
+            write = plan_write(table, rows, positions, page_size=caches[0].page_size, config=self.config.sparsity, dynamic=dynamic)
         cos, sin = self.rotary(positions.clamp(min=0))
         step = StepContext(cos=cos, sin=sin, write=write, decode=True, block_table=table, seq_lens=lengths, return_selection=return_selection)
         return self._run(self.embed_tokens(token_ids_B.to(device)), step, caches, None if selection is None else selection.to(device))

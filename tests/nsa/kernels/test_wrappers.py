@@ -11,6 +11,7 @@ import torch
 from triton.runtime.jit import JITFunction
 
 from nsa.attention import BranchKV, nsa_attention, plan_batch
+from nsa.cache import NSACache
 from nsa.config import SparsityConfig
 from nsa.model import NSAForCausalLM
 from nsa.testing import AttentionInputs, make_inputs, relative_rms, tiny_config
@@ -93,6 +94,36 @@ def test_gradient_checkpointing_of_the_model_gives_the_same_gradients() -> None:
     assert found[0].keys() == found[1].keys() and any("phi" in name for name in found[0])
     for name, gradient in found[0].items():
         assert relative_rms(found[1][name], gradient) <= 1e-6, name
+
+
+@pytest.mark.parametrize(("kv", "compressor"), [("separate", "mlp"), ("shared", "mean")])
+def test_generation_on_the_kernels_is_that_of_the_torch_backend(kv: str, compressor: str) -> None:
+    """Prefill, then single tokens whose K, V and compressed tokens the kernels write; a padded row among them."""
+    torch.manual_seed(0)
+    options = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "kv": kv, "compressor": compressor}
+    plain = NSAForCausalLM(tiny_config(**options, attention_backend="torch")).to(DEVICE).eval()
+    on_kernels = NSAForCausalLM(tiny_config(**options, attention_backend="triton")).to(DEVICE).eval()
+    for parameter in plain.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    on_kernels.load_state_dict(plain.state_dict())
+    prompts, seen = torch.randint(0, 61, (30,), generator=torch.Generator().manual_seed(1)), []
+    for model in (plain, on_kernels):
+        cache = NSACache(model.config, num_pages=12, device=DEVICE)
+        rows = [cache.add_sequence() for _ in range(2)]
+        cache.reserve(rows, [21 + 12, 9 + 12])
+        table = cache.block_table(rows).to(DEVICE)
+        table = torch.cat([table, torch.zeros_like(table[:1])])
+        with torch.no_grad():
+            hidden = model.model.forward_cached(prompts, torch.tensor([0, 21, 30]), table[:2], torch.tensor([21, 9]), cache).hidden_TE
+            states = [hidden]
+            for step in range(12):
+                lengths = torch.tensor([22 + step, 10 + step, 0], device=DEVICE)
+                tokens = torch.tensor([step, 2 * step, 0], device=DEVICE)
+                states.append(model.model.decode_step(tokens, table, lengths, cache.layers).hidden_TE[:2])
+        seen.append((torch.cat(states), [layer.cmp[1:] for layer in cache.layers]))
+    assert relative_rms(seen[1][0], seen[0][0]) <= 1e-5
+    for ours, theirs in zip(seen[1][1], seen[0][1], strict=True):
+        assert relative_rms(ours, theirs) <= 1e-5
 
 
 @pytest.mark.gpu
