@@ -29,7 +29,7 @@ AsyncCompileMode = getattr(triton, "AsyncCompileMode", None)
 """Triton's own way of compiling in threads, where it has one."""
 
 rehearsed: set[Hashable] = set()
-"""The kinds of calls that `rehearse_once` has seen."""
+"""The devices and kinds of calls that `rehearse_once` has seen."""
 rehearsal: ContextVar[list[Any] | None] = ContextVar("rehearsal", default=None)
 """While a rehearsal runs, the kernels that it asked for."""
 
@@ -110,9 +110,9 @@ def rehearse_once(kind: Hashable, device: torch.device, work: Callable[[], objec
         work: host code that only launches kernels and allocates; what it computes is garbage. A kernel that does not
             compile is passed over here: its launch says why.
     """
-    if device.type != "cuda" or kind in rehearsed or AsyncCompileMode is None or torch.cuda.is_current_stream_capturing():
+    if device.type != "cuda" or (device, kind) in rehearsed or AsyncCompileMode is None or torch.cuda.is_current_stream_capturing():
         return
-    rehearsed.add(kind)
+    rehearsed.add((device, kind))
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         with AsyncCompileMode(pool, ignore_errors=True):
             token = rehearsal.set(kernels := [])

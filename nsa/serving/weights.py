@@ -35,26 +35,23 @@ class HfParameter:
     start: int = 0
 
 
-class LiveLinear(UnquantizedLinearMethod):
-    """A product with the parameter as it is now."""
+class Live:
+    """Mixed into vLLM's ways to multiply: on the CPU, where vLLM packs weights away, the parameter is read as it is now."""
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         if not current_platform.is_cpu():
-            super().process_weights_after_loading(layer)
+            super().process_weights_after_loading(layer)  # type: ignore[misc]
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        return functional.linear(x, layer.weight, bias) if current_platform.is_cpu() else super().apply(layer, x, bias)
+        return functional.linear(x, layer.weight, bias) if current_platform.is_cpu() else super().apply(layer, x, bias)  # type: ignore[misc]
 
 
-class LiveEmbedding(UnquantizedEmbeddingMethod):
-    """The same for the embedding and the output head."""
+class LiveLinear(Live, UnquantizedLinearMethod):
+    """Of linear layers."""
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
-        if not current_platform.is_cpu():
-            super().process_weights_after_loading(layer)
 
-    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        return functional.linear(x, layer.weight, bias) if current_platform.is_cpu() else super().apply(layer, x, bias)
+class LiveEmbedding(Live, UnquantizedEmbeddingMethod):
+    """Of the embedding and the output head."""
 
 
 def make_live(model: nn.Module) -> None:
