@@ -67,7 +67,7 @@ class NSAConfig(PreTrainedConfig):
     """A Llama- or Qwen2/3-shaped decoder with native sparse attention in every layer."""
 
     model_type = "nsa_grpo"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache"]
 
     vocab_size: int = 32000
     hidden_size: int = 2048

@@ -8,7 +8,7 @@ first, so padding on either side never moves a block boundary). Leaves out sampl
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,6 +82,10 @@ class GenerationCache:
         self.rows = rows
 
 
+CACHE = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else "past_key_values"
+"""What Transformers calls the cache of keys and values, in outputs and as an argument: `cache` from 5.24 on. `forward` takes both names."""
+
+
 class NSAPreTrainedModel(PreTrainedModel):
     """Initialisation, checkpoint layout and capability flags shared by the models."""
 
@@ -90,7 +94,7 @@ class NSAPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["DecoderLayer"]  # noqa: RUF012 (the base class declares it so)
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
@@ -298,14 +302,17 @@ class NSAModel(NSAPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         cu_seqlens: torch.Tensor | None = None,
+        cache: GenerationCache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """A padded batch `[B, S]` (padding on either side, given by `attention_mask` `[B, S]`), or one packed row `[1, T]`
         with `cu_seqlens`. `position_ids` are accepted and ignored: positions count from each sequence's own start.
+        `past_key_values`, or `cache` as newer versions of Transformers say, is what an earlier call returned.
 
         Raises:
             ValueError: neither or both of input_ids and inputs_embeds, a mask that is not `[B, S]`, embeddings with a cache.
         """
+        past_key_values = cache if past_key_values is None else past_key_values
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         source = input_ids if input_ids is not None else inputs_embeds
@@ -353,7 +360,7 @@ class NSAModel(NSAPreTrainedModel):
             hidden = packed.view(rows, columns, -1)
         else:
             hidden = packed.new_zeros(rows, columns, packed.shape[-1]).masked_scatter(valid[..., None], packed)
-        return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=past_key_values)  # type: ignore[arg-type]
+        return BaseModelOutputWithPast(last_hidden_state=hidden, **{CACHE: past_key_values})  # type: ignore[arg-type]
 
 
 class NSAForCausalLM(NSAPreTrainedModel, GenerationMixin):
@@ -384,18 +391,19 @@ class NSAForCausalLM(NSAPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         cu_seqlens: torch.Tensor | None = None,
+        cache: GenerationCache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """See `NSAModel.forward`. `labels` `[B, S]` (−100 = ignored) are shifted inside, as Hugging Face does; with
         `cu_seqlens` the last label of a sequence never meets the next sequence's first token.
 
         Returns:
-            logits `[B, S, V]` (or the last `logits_to_keep` columns; zeros-derived where padded), loss, past_key_values.
+            logits `[B, S, V]` (or the last `logits_to_keep` columns; zeros-derived where padded), loss, the cache.
         """
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            past_key_values=cache if past_key_values is None else past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache if labels is None else False,
             cu_seqlens=cu_seqlens,
@@ -410,4 +418,4 @@ class NSAForCausalLM(NSAPreTrainedModel, GenerationMixin):
                 labels = labels.clone()
                 labels[:, cu_seqlens[:-1].long()] = -100
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=outputs.past_key_values)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: outputs.get(CACHE)})  # type: ignore[arg-type]

@@ -22,7 +22,7 @@ from transformers import (
 import nsa
 from nsa.cache import NSACache
 from nsa.config import NSAConfig
-from nsa.model import NSAForCausalLM
+from nsa.model import CACHE, NSAForCausalLM
 from nsa.reference import reference_attention
 from nsa.testing import AttentionInputs, assert_same_selection, clear_choices, cumulative, tiny_config
 
@@ -515,13 +515,14 @@ def test_sampling_and_beams_run():
     assert torch.equal(beams, uncached)
 
 
-def test_a_cache_can_be_carried_on_by_hand():
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_a_cache_can_be_carried_on_by_hand(name):
     model = make_model()
     ids = tokens(80)[None]
     with torch.no_grad():
         whole = model(ids).logits
         first = model(ids[:, :70], use_cache=True)
-        second = model(ids[:, 70:], past_key_values=first.past_key_values, use_cache=True)
+        second = model(ids[:, 70:], **{name: first[CACHE]}, use_cache=True)
         assert_close(torch.cat([first.logits, second.logits], dim=1), whole)
         assert_close(model(ids, logits_to_keep=3).logits, whole[:, -3:])
 
