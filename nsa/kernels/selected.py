@@ -19,11 +19,10 @@ import triton.language as tl
 from nsa.config import SparsityConfig
 from nsa.kernels.gathered import gathered_backward, gathered_forward, gathers
 from nsa.kernels.inverse import InverseIndex, invert_selection
-from nsa.kernels.launch import LOG2_E, dot_precision, launch, padded, power_of_two
+from nsa.kernels.launch import LOG2_E, dot_precision, launch, padded
 from nsa.kernels.tiles import KernelPlan
+from nsa.kernels.unions import MAX_QUERIES, unite_choices
 
-QUERY_TILE = 64
-"""Queries of a table entry; each is a program of its own."""
 SEGMENT_ROWS = 32768
 """Rows (queries × heads) of a list that one dk/dv program takes at most."""
 
@@ -37,14 +36,17 @@ class SelectedTile:
     num_warps: int
     num_stages: int
 
+    def queries(self, group: int) -> int:
+        """Queries of a tile of rows."""
+        return min(max(1, self.rows // group), MAX_QUERIES)
+
 
 def query_tile(dims: int, group: int, block: int, dtype: torch.dtype, *, backward: bool) -> SelectedTile:
     """Fixed shapes of forward and dq; `dims` = padded Dk + Dv."""
     wide = dims > 256 or dtype == torch.float32
-    keys, rows = min(padded(block), 32 if wide and dims > 256 else 64), padded(group)
-    if backward or wide or rows > 16:
-        return SelectedTile(keys=keys, rows=rows, num_warps=4, num_stages=2 if wide else 3)
-    return SelectedTile(keys=keys, rows=rows, num_warps=2, num_stages=2)
+    keys = min(padded(block), 32 if wide and dims > 256 else 64)
+    rows = padded(group) if dtype == torch.float32 else max(64, padded(group))
+    return SelectedTile(keys=keys, rows=rows, num_warps=4, num_stages=2 if wide or backward else 3)
 
 
 def key_tile(dims: int, group: int, block: int, dtype: torch.dtype) -> SelectedTile:
@@ -57,51 +59,64 @@ def key_tile(dims: int, group: int, block: int, dtype: torch.dtype) -> SelectedT
 
 
 @triton.jit
-def locate_query(tiles, query_ends, key_ends, QUERIES: tl.constexpr):
-    """The program's query: packed row, position in its sequence (-1: a tile's tail, no query), the sequence's first key."""
-    tile = tiles + tl.program_id(0) // QUERIES * 2
-    sequence, query = tl.load(tile), tl.load(tile + 1) + tl.program_id(0) % QUERIES
+def locate_tile(tiles, query_ends, key_ends, lane, GROUP: tl.constexpr, QUERIES: tl.constexpr):
+    """Of each row of the program's tile: its query in the tile, packed row, position in its sequence, and whether there is
+    one; the sequence's first key and number of keys."""
+    tile = tiles + tl.program_id(0) * 2
+    sequence, start = tl.load(tile), tl.load(tile + 1)
     query_start, key_start = tl.load(query_ends + sequence), tl.load(key_ends + sequence)
     num_queries, num_keys = tl.load(query_ends + sequence + 1) - query_start, tl.load(key_ends + sequence + 1) - key_start
-    return (query_start + query).to(tl.int64), tl.where(query < num_queries, query + num_keys - num_queries, -1), key_start
+    query = lane // GROUP
+    valid = (query < QUERIES) & (start + query < num_queries)
+    row = tl.where(valid, query_start + start + query, query_start)
+    return query, row.to(tl.int64), num_keys - num_queries + start + query, valid, key_start.to(tl.int64), num_keys
 
 
 @triton.jit
+def shared_keys(blocks, bits, step, query, position, num_keys, KEYS: tl.constexpr, SELECT: tl.constexpr):
+    """Keys of a step through a tile's blocks: their numbers, which exist, and which of them each row sees `[rows, keys]`."""
+    STEPS: tl.constexpr = (SELECT + KEYS - 1) // KEYS
+    inner = step % STEPS * KEYS + tl.arange(0, KEYS)
+    key = tl.load(blocks + step // STEPS) * SELECT + inner
+    exists = key < num_keys
+    if SELECT % KEYS != 0:
+        exists &= inner < SELECT
+        key = tl.where(inner < SELECT, key, num_keys)
+    last = tl.where((tl.load(bits + step // STEPS) >> query) & 1 != 0, position, -1)
+    return key.to(tl.int64), exists, key[None, :] <= last[:, None]
+
+
+@triton.jit(do_not_specialize=["capacity"])
 def selected_forward_kernel(
-    q, k, v, selection, gate, out, branch_out, lse, tiles, query_ends, key_ends,
-    q_row, q_head, k_row, k_head, v_row, v_head, gate_row, gate_head, out_row, out_head, scale_log2,
+    q, k, v, blocks, bits, counts, gate, out, branch_out, lse, tiles, query_ends, key_ends,
+    q_row, q_head, k_row, k_head, v_row, v_head, gate_row, gate_head, out_row, out_head, capacity, scale_log2,
     GROUP: tl.constexpr, KEY_DIM: tl.constexpr, KEY_PAD: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr, ROWS: tl.constexpr,
-    KEYS: tl.constexpr, SELECT: tl.constexpr, CHOSEN: tl.constexpr, CHOSEN_PAD: tl.constexpr, QUERIES: tl.constexpr, ACCUMULATE: tl.constexpr,
-    KEEP: tl.constexpr, PRECISION: tl.constexpr,
+    KEYS: tl.constexpr, SELECT: tl.constexpr, QUERIES: tl.constexpr, ACCUMULATE: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out (+)= gate · o, branch_out = o, lse, for the group's heads of one query."""
+    """out (+)= gate · o, branch_out = o, lse, for the group's heads of a tile of queries."""
     kv_head, num_kv_heads = tl.program_id(1), tl.num_programs(1)
-    row, position, key_start = locate_query(tiles, query_ends, key_ends, QUERIES)
-    if position < 0:
-        return
-    chosen = selection + (row * num_kv_heads + kv_head) * CHOSEN
-    slot = tl.arange(0, CHOSEN_PAD)
-    count = tl.sum((tl.load(chosen + slot, mask=slot < CHOSEN, other=-1) >= 0).to(tl.int32), axis=0)
     lane = tl.arange(0, ROWS)
-    valid = lane < GROUP
-    head = kv_head * GROUP + lane
+    query, row, position, valid, key_start, num_keys = locate_tile(tiles, query_ends, key_ends, lane, GROUP, QUERIES)
+    item = tl.program_id(0).to(tl.int64) * num_kv_heads + kv_head
+    count = tl.load(counts + item)
+    blocks += item * capacity
+    bits += item * capacity
+    head = kv_head * GROUP + lane % GROUP
     key_dim, value_dim = tl.arange(0, KEY_PAD), tl.arange(0, VALUE_PAD)
-    q_tile = tl.load(q + row * q_row + head[:, None] * q_head + key_dim[None, :], mask=valid[:, None] & (key_dim < KEY_DIM)[None, :], other=0.0)
-    keys = k + key_start.to(tl.int64) * k_row + kv_head * k_head
-    values = v + key_start.to(tl.int64) * v_row + kv_head * v_head
+    source = q + (row * q_row + head * q_head)[:, None] + key_dim[None, :]
+    q_tile = tl.load(source, mask=valid[:, None] & (key_dim < KEY_DIM)[None, :], other=0.0)
+    keys = k + key_start * k_row + kv_head * k_head
+    values = v + key_start * v_row + kv_head * v_head
     STEPS: tl.constexpr = (SELECT + KEYS - 1) // KEYS
     highest = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, VALUE_PAD], tl.float32)
     for step in range(0, count * STEPS):
-        inner = step % STEPS * KEYS + tl.arange(0, KEYS)
-        key = tl.load(chosen + step // STEPS) * SELECT + inner
-        seen = (inner < SELECT) & (key <= position)
-        key = key.to(tl.int64)
-        k_tile = tl.load(keys + key[:, None] * k_row + key_dim[None, :], mask=seen[:, None] & (key_dim < KEY_DIM)[None, :], other=0.0)
-        v_tile = tl.load(values + key[:, None] * v_row + value_dim[None, :], mask=seen[:, None] & (value_dim < VALUE_DIM)[None, :], other=0.0)
+        key, exists, seen = shared_keys(blocks, bits, step, query, position, num_keys, KEYS, SELECT)
+        k_tile = tl.load(keys + key[:, None] * k_row + key_dim[None, :], mask=exists[:, None] & (key_dim < KEY_DIM)[None, :], other=0.0)
+        v_tile = tl.load(values + key[:, None] * v_row + value_dim[None, :], mask=exists[:, None] & (value_dim < VALUE_DIM)[None, :], other=0.0)
         s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale_log2
-        s = tl.where(seen[None, :], s, float("-inf"))
+        s = tl.where(seen, s, float("-inf"))
         new = tl.maximum(highest, tl.max(s, axis=1))
         base = tl.where(new == float("-inf"), 0.0, new)
         p = tl.exp2(s - base[:, None])
@@ -115,61 +130,56 @@ def selected_forward_kernel(
     tl.store(lse + row * (num_kv_heads * GROUP) + head, log, mask=valid)
     store = valid[:, None] & (value_dim < VALUE_DIM)[None, :]
     if KEEP:
-        tl.store(branch_out + (row * (num_kv_heads * GROUP) + head[:, None]) * VALUE_DIM + value_dim[None, :], result, mask=store)
+        tl.store(branch_out + (row * (num_kv_heads * GROUP) + head)[:, None] * VALUE_DIM + value_dim[None, :], result, mask=store)
     result *= tl.load(gate + row * gate_row + head * gate_head, mask=valid, other=0.0).to(tl.float32)[:, None]
-    target = out + row * out_row + head[:, None] * out_head + value_dim[None, :]
+    target = out + (row * out_row + head * out_head)[:, None] + value_dim[None, :]
     if ACCUMULATE:
         result += tl.load(target, mask=store, other=0.0).to(tl.float32)
     tl.store(target, result, mask=store)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["capacity"])
 def selected_dq_kernel(
-    d_out, q, k, v, selection, lse, delta, gate, dq, dq_before, tiles, query_ends, key_ends,
+    d_out, q, k, v, blocks, bits, counts, lse, delta, gate, dq, dq_before, tiles, query_ends, key_ends,
     d_out_row, d_out_head, q_row, q_head, k_row, k_head, v_row, v_head, delta_row, delta_head, gate_row, gate_head, dq_row, dq_head,
-    before_row, before_head, scale, scale_log2,
+    before_row, before_head, capacity, scale, scale_log2,
     GROUP: tl.constexpr, KEY_DIM: tl.constexpr, KEY_PAD: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr, ROWS: tl.constexpr,
-    KEYS: tl.constexpr, SELECT: tl.constexpr, CHOSEN: tl.constexpr, CHOSEN_PAD: tl.constexpr, QUERIES: tl.constexpr, BEFORE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    KEYS: tl.constexpr, SELECT: tl.constexpr, QUERIES: tl.constexpr, BEFORE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq = dq_before (with BEFORE) + scale · dS K, for the group's heads of one query."""
+    """dq = dq_before (with BEFORE) + scale · dS K, for the group's heads of a tile of queries."""
     kv_head, num_kv_heads = tl.program_id(1), tl.num_programs(1)
-    row, position, key_start = locate_query(tiles, query_ends, key_ends, QUERIES)
-    if position < 0:
-        return
-    chosen = selection + (row * num_kv_heads + kv_head) * CHOSEN
-    slot = tl.arange(0, CHOSEN_PAD)
-    count = tl.sum((tl.load(chosen + slot, mask=slot < CHOSEN, other=-1) >= 0).to(tl.int32), axis=0)
     lane = tl.arange(0, ROWS)
-    valid = lane < GROUP
-    head = kv_head * GROUP + lane
+    query, row, position, valid, key_start, num_keys = locate_tile(tiles, query_ends, key_ends, lane, GROUP, QUERIES)
+    item = tl.program_id(0).to(tl.int64) * num_kv_heads + kv_head
+    count = tl.load(counts + item)
+    blocks += item * capacity
+    bits += item * capacity
+    head = kv_head * GROUP + lane % GROUP
     key_dim, value_dim = tl.arange(0, KEY_PAD), tl.arange(0, VALUE_PAD)
     key_mask, value_mask = valid[:, None] & (key_dim < KEY_DIM)[None, :], valid[:, None] & (value_dim < VALUE_DIM)[None, :]
-    q_tile = tl.load(q + row * q_row + head[:, None] * q_head + key_dim[None, :], mask=key_mask, other=0.0)
-    do_tile = tl.load(d_out + row * d_out_row + head[:, None] * d_out_head + value_dim[None, :], mask=value_mask, other=0.0)
+    q_tile = tl.load(q + (row * q_row + head * q_head)[:, None] + key_dim[None, :], mask=key_mask, other=0.0)
+    do_tile = tl.load(d_out + (row * d_out_row + head * d_out_head)[:, None] + value_dim[None, :], mask=value_mask, other=0.0)
     gates = tl.load(gate + row * gate_row + head * gate_head, mask=valid, other=0.0).to(tl.float32)
     deltas = tl.load(delta + row * delta_row + head * delta_head, mask=valid, other=0.0)
     lse_log2 = tl.load(lse + row * (num_kv_heads * GROUP) + head, mask=valid, other=float("inf")) * 1.4426950408889634
-    keys = k + key_start.to(tl.int64) * k_row + kv_head * k_head
-    values = v + key_start.to(tl.int64) * v_row + kv_head * v_head
+    keys = k + key_start * k_row + kv_head * k_head
+    values = v + key_start * v_row + kv_head * v_head
     STEPS: tl.constexpr = (SELECT + KEYS - 1) // KEYS
     acc = tl.zeros([ROWS, KEY_PAD], tl.float32)
     for step in range(0, count * STEPS):
-        inner = step % STEPS * KEYS + tl.arange(0, KEYS)
-        key = tl.load(chosen + step // STEPS) * SELECT + inner
-        seen = (inner < SELECT) & (key <= position)
-        key = key.to(tl.int64)
-        k_tile = tl.load(keys + key[:, None] * k_row + key_dim[None, :], mask=seen[:, None] & (key_dim < KEY_DIM)[None, :], other=0.0)
-        v_tile = tl.load(values + key[:, None] * v_row + value_dim[None, :], mask=seen[:, None] & (value_dim < VALUE_DIM)[None, :], other=0.0)
+        key, exists, seen = shared_keys(blocks, bits, step, query, position, num_keys, KEYS, SELECT)
+        k_tile = tl.load(keys + key[:, None] * k_row + key_dim[None, :], mask=exists[:, None] & (key_dim < KEY_DIM)[None, :], other=0.0)
+        v_tile = tl.load(values + key[:, None] * v_row + value_dim[None, :], mask=exists[:, None] & (value_dim < VALUE_DIM)[None, :], other=0.0)
         s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale_log2
-        p = tl.where(seen[None, :], tl.exp2(s - lse_log2[:, None]), 0.0)
+        p = tl.where(seen, tl.exp2(s - lse_log2[:, None]), 0.0)
         dp = tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION)
         ds = p * (dp * gates[:, None] - deltas[:, None])
         acc += tl.dot(ds.to(k_tile.dtype), k_tile, input_precision=PRECISION)
     acc *= scale
     if BEFORE:
-        acc += tl.load(dq_before + row * before_row + head[:, None] * before_head + key_dim[None, :], mask=key_mask, other=0.0)
-    tl.store(dq + row * dq_row + head[:, None] * dq_head + key_dim[None, :], acc, mask=key_mask)
+        before = dq_before + (row * before_row + head * before_head)[:, None] + key_dim[None, :]
+        acc += tl.load(before, mask=key_mask, other=0.0).to(tl.float32)
+    tl.store(dq + (row * dq_row + head * dq_head)[:, None] + key_dim[None, :], acc, mask=key_mask)
 
 
 @triton.jit(do_not_specialize=["num_blocks"])
@@ -306,14 +316,15 @@ def selected_forward(
         )  # fmt: skip
         return branch_out, lse
     shape = query_tile(dims, group, size, q.dtype, backward=False)
-    tiles = plan.query_tiles(QUERY_TILE)
+    unions = unite_choices(selection, shape.queries(group), plan, config)
     launch(
-        selected_forward_kernel, (tiles.shape[0] * QUERY_TILE, num_kv_heads),
-        q, k, v, selection, gate, out, out if branch_out is None else branch_out, lse, tiles, plan.query_ends, plan.key_ends,
-        *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *gate.stride(), *out.stride()[:2], scale * LOG2_E,
+        selected_forward_kernel, (unions.tiles.shape[0], num_kv_heads),
+        q, k, v, unions.blocks, unions.bits, unions.counts, gate, out, out if branch_out is None else branch_out, lse, unions.tiles,
+        plan.query_ends, plan.key_ends, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *gate.stride(), *out.stride()[:2],
+        unions.blocks.shape[1], scale * LOG2_E,
         GROUP=group, KEY_DIM=key_dim, KEY_PAD=padded(key_dim), VALUE_DIM=value_dim, VALUE_PAD=padded(value_dim), ROWS=shape.rows, KEYS=shape.keys,
-        SELECT=size, CHOSEN=n, CHOSEN_PAD=power_of_two(n), QUERIES=QUERY_TILE, ACCUMULATE=accumulate, KEEP=keep,
-        PRECISION=dot_precision(), num_warps=shape.num_warps, num_stages=shape.num_stages,
+        SELECT=size, QUERIES=unions.queries, ACCUMULATE=accumulate, KEEP=keep, PRECISION=dot_precision(),
+        num_warps=shape.num_warps, num_stages=shape.num_stages,
     )  # fmt: skip
     return branch_out, lse
 
@@ -362,12 +373,12 @@ def selected_backward(
     }  # fmt: skip
     inputs = (*d_out.stride()[:2], *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *delta_b.stride(), *gate.stride())
     shape = query_tile(dims, group, size, q.dtype, backward=True)
-    tiles, before = plan.query_tiles(QUERY_TILE), dq if dq_before is None else dq_before
+    unions, before = unite_choices(selection, shape.queries(group), plan, config), dq if dq_before is None else dq_before
     launch(
-        selected_dq_kernel, (tiles.shape[0] * QUERY_TILE, num_kv_heads),
-        d_out, q, k, v, selection, lse, delta_b, gate, dq, before, tiles, plan.query_ends, plan.key_ends, *inputs, *dq.stride()[:2],
-        *before.stride()[:2], scale, scale * LOG2_E, **shared, ROWS=shape.rows, KEYS=shape.keys, CHOSEN=n, CHOSEN_PAD=power_of_two(n),
-        QUERIES=QUERY_TILE, BEFORE=dq_before is not None, num_warps=shape.num_warps, num_stages=shape.num_stages,
+        selected_dq_kernel, (unions.tiles.shape[0], num_kv_heads),
+        d_out, q, k, v, unions.blocks, unions.bits, unions.counts, lse, delta_b, gate, dq, before, unions.tiles, plan.query_ends, plan.key_ends,
+        *inputs, *dq.stride()[:2], *before.stride()[:2], unions.blocks.shape[1], scale, scale * LOG2_E, **shared, ROWS=shape.rows, KEYS=shape.keys,
+        QUERIES=unions.queries, BEFORE=dq_before is not None, num_warps=shape.num_warps, num_stages=shape.num_stages,
     )  # fmt: skip
     shape = key_tile(dims, group, size, q.dtype)
     dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)

@@ -15,10 +15,6 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = SparsityConfig(compress_block_size=8, compress_stride=4, select_block_size=16, num_selected_blocks=4, compressor="mean")
 
 
-@pytest.fixture(autouse=True)
-def _toy_sizes(monkeypatch):
-    if DEVICE == "cpu":
-        monkeypatch.setattr(selected, "QUERY_TILE", 8)
 
 
 @pytest.fixture

@@ -46,10 +46,6 @@ def dense(q, k, v, selection, lengths, query_lengths, config, scale):
     return torch.cat(outs), torch.cat(logs)
 
 
-@pytest.fixture(autouse=True)
-def _few_programs_in_the_interpreter(monkeypatch):
-    if DEVICE == "cpu":
-        monkeypatch.setattr(selected, "QUERY_TILE", 8)
 
 
 def check(
