@@ -40,6 +40,10 @@ MAX_HOPPER_GROUP = 4
 """Groups up to this take the Hopper kernel in the backward pass (16.7 against 18.8 ms with 4, 43 against 36 ms with 16, at 64k)."""
 
 
+KEYS_ALONE_PART = 32768
+KEYS_ALONE = None
+
+
 class Launch(NamedTuple):
     """Rows (queries × heads) of a tile, and how its program is scheduled (stages of merge, add_dq: of the loop over slots)."""
 
@@ -270,7 +274,7 @@ def gathered_backward_kernel(
     d_out_row, d_out_head, q_row, q_head, k_row, k_head, v_row, v_head, delta_row, delta_head, gate_row, gate_head,
     num_kv_heads, num_keys, num_segments, range_number, first_head, first_query, num_rows, first_range, last_range, scale, scale_log2,
     GROUP: tl.constexpr, KEY_DIM: tl.constexpr, KEY_PAD: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr, ROWS: tl.constexpr,
-    KEYS: tl.constexpr, SELECT: tl.constexpr, CHOSEN: tl.constexpr, PRECISION: tl.constexpr,
+    KEYS: tl.constexpr, SELECT: tl.constexpr, CHOSEN: tl.constexpr, WITH_DQ: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk, dv of a block from one part of its list within the range, and the part of dq that each row gets from the block.
 
@@ -316,9 +320,10 @@ def gathered_backward_kernel(
         acc_v += tl.dot((p * gates[None, :]).to(do_tile.dtype), do_tile, input_precision=PRECISION)
         ds = (p * (dp * gates[None, :] - deltas[None, :])).to(q_tile.dtype)
         acc_k += tl.dot(ds, q_tile, input_precision=PRECISION)
-        dq = tl.dot(tl.trans(k_tile), ds, input_precision=PRECISION)
-        target = partial + place.to(tl.int64)[None, :] * KEY_DIM + key_dim[:, None]
-        tl.store(target, dq, mask=valid[None, :] & (key_dim < KEY_DIM)[:, None], eviction_policy="evict_first")
+        if WITH_DQ:
+            dq = tl.dot(tl.trans(k_tile), ds, input_precision=PRECISION)
+            target = partial + place.to(tl.int64)[None, :] * KEY_DIM + key_dim[:, None]
+            tl.store(target, dq, mask=valid[None, :] & (key_dim < KEY_DIM)[:, None], eviction_policy="evict_first")
     acc_k *= scale
     segment = tl.load(segments + item)
     if segment >= 0:
@@ -485,6 +490,7 @@ def gathered_backward(
     scale: float,
     dq: torch.Tensor,
     dq_before: torch.Tensor | None,
+    with_dq: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`selected_backward` block by block."""
     num_heads, key_dim, num_kv_heads, value_dim = q.shape[1], q.shape[2], k.shape[1], v.shape[2]
@@ -492,15 +498,17 @@ def gathered_backward(
     shapes, hopper = gather_shapes(padded(key_dim) + padded(value_dim), group, q.dtype), takes_hopper(d_out, q, k, v, size)
     if hopper:
         shapes = replace(shapes, backward_part=4096, backward_scratch=2**29)
+    if not with_dq:
+        shapes = replace(shapes, backward_part=KEYS_ALONE_PART, backward=KEYS_ALONE or shapes.backward)
     row_bytes = n * group * key_dim * q.element_size()
-    cuts, device_cuts = query_cuts(plan, max(64, shapes.backward_scratch // row_bytes))
+    cuts, device_cuts = query_cuts(plan, max(64, shapes.backward_scratch // row_bytes) if with_dq else max(1, q.shape[0]))
     most, last = max(end - start for start, end in pairwise(cuts)), len(cuts) - 2
-    heads = min(num_kv_heads, max(1, shapes.backward_scratch // (most * row_bytes)))
+    heads = min(num_kv_heads, max(1, shapes.backward_scratch // (most * row_bytes))) if with_dq else num_kv_heads
     part = max(1, shapes.backward_part // group)
     num_segments = max(1, 2 * most * n // part)
 
     scratch = functools.partial(torch.empty, dtype=torch.float32, device=q.device)
-    partial = scratch(heads * most * n * group, key_dim, dtype=q.dtype)
+    partial = scratch(heads * most * n * group if with_dq else 0, key_dim, dtype=q.dtype)
     segment_sums = (scratch(heads, num_segments, size, key_dim), scratch(heads, num_segments, size, value_dim))
     dk, dv = scratch(*k.shape, dtype=k.dtype), scratch(*v.shape, dtype=k.dtype)
     totals = (scratch(heads, k.shape[0], key_dim), scratch(heads, k.shape[0], value_dim)) if last else (dk, dv)
@@ -521,11 +529,11 @@ def gathered_backward(
         )  # fmt: skip
         grid = (work.blocks.shape[2], taken)
         if stats is not None:
-            gathered_hopper.hopper_backward(grid, d_out, q, k, v, stats, tables, (*sums, first, count, *ends), scale=scale, chosen=n)
+            gathered_hopper.hopper_backward(grid, d_out, q, k, v, stats, tables, (*sums, first, count, *ends), scale=scale, chosen=n, with_dq=with_dq)
         else:
             launch(
                 gathered_backward_kernel, grid, d_out, q, k, v, lse, delta_b, gate, *tables, *strides, *sums, first, count, *ends, scale,
-                scale * LOG2_E, GROUP=group, **dims, ROWS=rows, KEYS=padded(size), SELECT=size, CHOSEN=n, PRECISION=dot_precision(),
+                scale * LOG2_E, GROUP=group, **dims, ROWS=rows, KEYS=padded(size), SELECT=size, CHOSEN=n, WITH_DQ=with_dq, PRECISION=dot_precision(),
                 num_warps=num_warps, num_stages=num_stages,
             )  # fmt: skip
         launch(
@@ -533,6 +541,8 @@ def gathered_backward(
             *segment_sums, *totals, dk, dv, work.segment_firsts, work.segment_counts, index.block_sequence, index.block_ends, plan.key_ends,
             *sums, *ends, **dims, KEYS=keys, SELECT=size, num_warps=4,
         )  # fmt: skip
+        if not with_dq:
+            continue
         launch(
             add_dq_kernel, (ceil_div(count, dq_rows // group), taken),
             partial, selection, dq, before, *dq.stride()[:2], *before.stride()[:2], num_kv_heads, first_head, first, count, scale, GROUP=group,

@@ -99,7 +99,7 @@ def hopper_backward_kernel(
     segments, block_sequence, block_ends, query_ends, key_ends,
     d_out_row, d_out_head, q_row, q_head, k_row, k_head, v_row, v_head, num_stats,
     num_kv_heads, num_keys, num_segments, range_number, first_head, first_query, num_rows, first_range, last_range, scale, scale_log2,
-    GROUP: gl.constexpr, KEY_DIM: gl.constexpr, VALUE_DIM: gl.constexpr, CHOSEN: gl.constexpr,
+    GROUP: gl.constexpr, KEY_DIM: gl.constexpr, VALUE_DIM: gl.constexpr, CHOSEN: gl.constexpr, WITH_DQ: gl.constexpr,
 ):  # fmt: skip
     """As gathered_backward_kernel; stats from row_stats_kernel stands for lse, delta and gate."""
     DTYPE: gl.constexpr = q.dtype.element_ty
@@ -136,7 +136,8 @@ def hopper_backward_kernel(
     value_tile = gl.allocate_shared_memory(DTYPE, [64, VALUE_DIM], v_shared)
     q_tiles = gl.allocate_shared_memory(DTYPE, [2, 64, KEY_DIM], k_shared)
     do_tiles = gl.allocate_shared_memory(DTYPE, [2, 64, VALUE_DIM], v_shared)
-    ds_tile = gl.allocate_shared_memory(DTYPE, [64, 64], s_shared)
+    if WITH_DQ:
+        ds_tile = gl.allocate_shared_memory(DTYPE, [64, 64], s_shared)
     stat_tiles = gl.allocate_shared_memory(gl.float32, [2, 128], plain)
 
     TILE: gl.constexpr = 64 // GROUP
@@ -194,19 +195,23 @@ def hopper_backward_kernel(
         adding_v = warpgroup_mma(weights, do_now, acc_v, is_async=True)
         dp = warpgroup_mma_wait(1, deps=[dp])
         ds = (p * dp).to(DTYPE)
-        ds_tile.store(ds)
-        fence_async_shared()
-        gl.thread_barrier()
+        if WITH_DQ:
+            ds_tile.store(ds)
+            fence_async_shared()
+            gl.thread_barrier()
         d_weights = gl.convert_layout(ds, gl.DotOperandLayout(operand_index=0, parent=mma_k, k_width=2))
         adding_k = warpgroup_mma(d_weights, q_now, acc_k, is_async=True)
-        dq = warpgroup_mma(ds_tile.permute((1, 0)), key_tile, zeros_q, use_acc=False, is_async=True)
-        acc_v, acc_k, dq = warpgroup_mma_wait(0, deps=[adding_v, adding_k, dq])
-        gl.thread_barrier()  # everybody's products are done: the tile of q has room for dq
-        q_now.store(dq.to(DTYPE))
-        gl.thread_barrier()
-        target = gl.convert_layout(here, gl.SliceLayout(1, k_wide))
-        dims = gl.arange(0, KEY_DIM, layout=gl.SliceLayout(0, k_wide))
-        gl.store(part + (target.to(gl.int64) * KEY_DIM)[:, None] + dims[None, :], q_now.load(k_wide), mask=(target >= 0)[:, None])
+        if WITH_DQ:
+            dq = warpgroup_mma(ds_tile.permute((1, 0)), key_tile, zeros_q, use_acc=False, is_async=True)
+            acc_v, acc_k, dq = warpgroup_mma_wait(0, deps=[adding_v, adding_k, dq])
+            gl.thread_barrier()  # everybody's products are done: the tile of q has room for dq
+            q_now.store(dq.to(DTYPE))
+            gl.thread_barrier()
+            target = gl.convert_layout(here, gl.SliceLayout(1, k_wide))
+            dims = gl.arange(0, KEY_DIM, layout=gl.SliceLayout(0, k_wide))
+            gl.store(part + (target.to(gl.int64) * KEY_DIM)[:, None] + dims[None, :], q_now.load(k_wide), mask=(target >= 0)[:, None])
+        else:
+            acc_v, acc_k = warpgroup_mma_wait(0, deps=[adding_v, adding_k])
     async_copy.wait_group(0)
 
     segment = gl.load(segments + item)
@@ -235,11 +240,11 @@ def row_stats(lse: torch.Tensor, delta: torch.Tensor, gate: torch.Tensor, scale:
 
 def hopper_backward(
     grid: tuple[int, int], d_out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, stats: torch.Tensor, tables: tuple[Any, ...],
-    numbers: tuple[int, ...], *, scale: float, chosen: int,
+    numbers: tuple[int, ...], *, scale: float, chosen: int, with_dq: bool,
 ) -> None:  # fmt: skip
     """Launches the kernel: `tables` are its tensors from dk to key_ends, `numbers` its integers from num_kv_heads to last_range."""
     launch(
         hopper_backward_kernel, grid,
         d_out, q, k, v, stats, *tables, *d_out.stride()[:2], *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], stats.shape[1], *numbers,
-        scale, scale * LOG2_E, GROUP=q.shape[1] // k.shape[1], KEY_DIM=q.shape[2], VALUE_DIM=v.shape[2], CHOSEN=chosen, num_warps=4,
+        scale, scale * LOG2_E, GROUP=q.shape[1] // k.shape[1], KEY_DIM=q.shape[2], VALUE_DIM=v.shape[2], CHOSEN=chosen, WITH_DQ=with_dq, num_warps=4,
     )  # fmt: skip

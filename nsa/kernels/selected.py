@@ -23,6 +23,7 @@ from nsa.kernels.launch import LOG2_E, dot_precision, launch, padded
 from nsa.kernels.tiles import KernelPlan
 from nsa.kernels.unions import MAX_QUERIES, unite_choices
 
+GATHERED_DQ = True
 SEGMENT_ROWS = 32768
 """Rows (queries × heads) of a list that one dk/dv program takes at most."""
 
@@ -329,6 +330,25 @@ def selected_forward(
     return branch_out, lse
 
 
+def selected_dq(
+    d_out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, selection: torch.Tensor, lse: torch.Tensor, delta_b: torch.Tensor,
+    gate: torch.Tensor, plan: KernelPlan, config: SparsityConfig, *, scale: float, dq: torch.Tensor, dq_before: torch.Tensor | None,
+) -> None:  # fmt: skip
+    """dq of `selected_backward`, query tile by query tile."""
+    key_dim, num_kv_heads, value_dim = q.shape[2], k.shape[1], v.shape[2]
+    group, size = q.shape[1] // num_kv_heads, config.select_block_size
+    shape = query_tile(padded(key_dim) + padded(value_dim), group, size, q.dtype, backward=True)
+    unions, before = unite_choices(selection, shape.queries(group), plan, config), dq if dq_before is None else dq_before
+    launch(
+        selected_dq_kernel, (unions.tiles.shape[0], num_kv_heads),
+        d_out, q, k, v, unions.blocks, unions.bits, unions.counts, lse, delta_b, gate, dq, before, unions.tiles, plan.query_ends, plan.key_ends,
+        *d_out.stride()[:2], *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *delta_b.stride(), *gate.stride(), *dq.stride()[:2],
+        *before.stride()[:2], unions.blocks.shape[1], scale, scale * LOG2_E, GROUP=group, KEY_DIM=key_dim, KEY_PAD=padded(key_dim),
+        VALUE_DIM=value_dim, VALUE_PAD=padded(value_dim), ROWS=shape.rows, KEYS=shape.keys, SELECT=size, QUERIES=unions.queries,
+        BEFORE=dq_before is not None, PRECISION=dot_precision(), num_warps=shape.num_warps, num_stages=shape.num_stages,
+    )  # fmt: skip
+
+
 def selected_backward(
     d_out: torch.Tensor,
     q: torch.Tensor,
@@ -365,21 +385,17 @@ def selected_backward(
     dims = padded(key_dim) + padded(value_dim)
     index = invert_selection(selection, plan, config) if inverse is None else inverse
     queries = None if deterministic else q.shape[0]
-    if gathers(group, queries, padded(size) * dims * q.element_size(), q.dtype, backward=True):
-        return gathered_backward(d_out, q, k, v, selection, lse, delta_b, gate, index, plan, config, scale=scale, dq=dq, dq_before=dq_before)
+    blockwise = gathers(group, queries, padded(size) * dims * q.element_size(), q.dtype, backward=True)
+    with_dq = blockwise and GATHERED_DQ
+    if not with_dq:
+        selected_dq(d_out, q, k, v, selection, lse, delta_b, gate, plan, config, scale=scale, dq=dq, dq_before=dq_before)
+    if blockwise:
+        return gathered_backward(d_out, q, k, v, selection, lse, delta_b, gate, index, plan, config, scale=scale, dq=dq, dq_before=dq_before, with_dq=with_dq)
     shared = {
         "GROUP": group, "KEY_DIM": key_dim, "KEY_PAD": padded(key_dim), "VALUE_DIM": value_dim, "VALUE_PAD": padded(value_dim), "SELECT": size,
         "PRECISION": dot_precision(),
     }  # fmt: skip
     inputs = (*d_out.stride()[:2], *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *delta_b.stride(), *gate.stride())
-    shape = query_tile(dims, group, size, q.dtype, backward=True)
-    unions, before = unite_choices(selection, shape.queries(group), plan, config), dq if dq_before is None else dq_before
-    launch(
-        selected_dq_kernel, (unions.tiles.shape[0], num_kv_heads),
-        d_out, q, k, v, unions.blocks, unions.bits, unions.counts, lse, delta_b, gate, dq, before, unions.tiles, plan.query_ends, plan.key_ends,
-        *inputs, *dq.stride()[:2], *before.stride()[:2], unions.blocks.shape[1], scale, scale * LOG2_E, **shared, ROWS=shape.rows, KEYS=shape.keys,
-        QUERIES=unions.queries, BEFORE=dq_before is not None, num_warps=shape.num_warps, num_stages=shape.num_stages,
-    )  # fmt: skip
     shape = key_tile(dims, group, size, q.dtype)
     dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
     dv = torch.empty(v.shape, dtype=k.dtype, device=k.device)

@@ -192,3 +192,9 @@ def test_hopper(monkeypatch, group, dtype):
     plain = compare(monkeypatch, [1500, 63], [900, 63], config, num_kv_heads=2, group=group, key_dim=128, value_dim=128, dtype=dtype, chunk=512)
     for got, want in zip(results[3:], plain[3:], strict=True):
         assert not torch.equal(got, want) and relative_rms(got, want) <= 1e-2
+
+
+@pytest.mark.parametrize("group", [1, 3])
+def test_dq_by_query_tiles(monkeypatch, group):
+    monkeypatch.setattr(selected, "GATHERED_DQ", False)
+    compare(monkeypatch, [40, 13], group=group, num_kv_heads=2)
