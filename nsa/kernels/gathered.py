@@ -42,6 +42,7 @@ MAX_HOPPER_GROUP = 4
 
 KEYS_ALONE_PART = 32768
 KEYS_ALONE = None
+KEYS_ALONE_CHUNK = 2**30
 
 
 class Launch(NamedTuple):
@@ -501,7 +502,7 @@ def gathered_backward(
     if not with_dq:
         shapes = replace(shapes, backward_part=KEYS_ALONE_PART, backward=KEYS_ALONE or shapes.backward)
     row_bytes = n * group * key_dim * q.element_size()
-    cuts, device_cuts = query_cuts(plan, max(64, shapes.backward_scratch // row_bytes) if with_dq else max(1, q.shape[0]))
+    cuts, device_cuts = query_cuts(plan, max(64, shapes.backward_scratch // row_bytes) if with_dq else KEYS_ALONE_CHUNK)
     most, last = max(end - start for start, end in pairwise(cuts)), len(cuts) - 2
     heads = min(num_kv_heads, max(1, shapes.backward_scratch // (most * row_bytes))) if with_dq else num_kv_heads
     part = max(1, shapes.backward_part // group)

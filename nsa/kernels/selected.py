@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from nsa.config import SparsityConfig
+from nsa.kernels.banded import runs_hopper_kernels
 from nsa.kernels.gathered import gathered_backward, gathered_forward, gathers
 from nsa.kernels.inverse import InverseIndex, invert_selection
 from nsa.kernels.launch import LOG2_E, dot_precision, launch, padded
@@ -48,6 +49,15 @@ def query_tile(dims: int, group: int, block: int, dtype: torch.dtype, *, backwar
     keys = min(padded(block), 32 if wide and dims > 256 else 64)
     rows = padded(group) if dtype == torch.float32 else max(64, padded(group))
     return SelectedTile(keys=keys, rows=rows, num_warps=4, num_stages=2 if wide or backward else 3)
+
+
+def takes_hopper(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, size: int) -> bool:
+    """Whether the forward pass runs on selected_hopper.py, which is imported only where it can run."""
+    if not runs_hopper_kernels(q.device):
+        return False
+    from nsa.kernels import selected_hopper
+
+    return selected_hopper.takes(q, k, v, size)
 
 
 def key_tile(dims: int, group: int, block: int, dtype: torch.dtype) -> SelectedTile:
@@ -314,6 +324,14 @@ def selected_forward(
         index = invert_selection(selection, plan, config) if inverse is None else inverse
         gathered_forward(
             q, k, v, selection, index, plan, config, scale=scale, gate=gate, out=out, branch_out=branch_out, lse=lse, accumulate=accumulate
+        )  # fmt: skip
+        return branch_out, lse
+    if takes_hopper(q, k, v, size):
+        from nsa.kernels import selected_hopper
+
+        unions = unite_choices(selection, min(selected_hopper.ROWS // group, MAX_QUERIES), plan, config)
+        selected_hopper.forward(
+            q, k, v, gate, out, branch_out, lse, unions, (plan.query_ends, plan.key_ends), scale=scale * LOG2_E, accumulate=accumulate
         )  # fmt: skip
         return branch_out, lse
     shape = query_tile(dims, group, size, q.dtype, backward=False)

@@ -31,7 +31,7 @@ class BlockUnions:
     tiles: int32 `[tiles, 2]`, `plan.query_tiles(queries)`.
     blocks: int32 `[tiles·Hkv, capacity]`, block numbers from the sequence's start, ascending; nothing of use beyond the count.
     bits: int32, the same shape: bit i says that query i of the tile chose the block.
-    counts: int32 `[tiles·Hkv]`.
+    counts: int32 `[tiles·Hkv]`, at least 1: a tile that chose nothing has block 0 without a bit.
     """
 
     queries: int
@@ -63,6 +63,10 @@ def unions_kernel(
     bits += item * capacity
     count = 0
     block = tl.min(tl.min(left, 1), 0)
+    if block == NONE:
+        tl.store(blocks, 0)
+        tl.store(bits, 0)
+        count = 1
     while block < NONE:
         here = left == block
         mine = tl.max(here.to(tl.int32), 1)
