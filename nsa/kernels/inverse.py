@@ -162,6 +162,12 @@ def query_cuts(plan: KernelPlan, chunk: int) -> tuple[list[int], torch.Tensor]:
     return cuts, torch.tensor(cuts, dtype=torch.int32).to(plan.device, non_blocking=True)
 
 
+@lru_cache(maxsize=64)
+def whole_range(plan: KernelPlan) -> torch.Tensor:
+    """The borders of one range that holds all packed queries: int32 `[2]`."""
+    return torch.tensor([0, plan.num_queries], dtype=torch.int32).to(plan.device, non_blocking=True)
+
+
 @triton.jit
 def first_from(queries, low, high, least, steps):
     """The first entry in [low, high) whose query row is >= least, else high; by binary search."""

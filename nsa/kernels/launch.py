@@ -52,6 +52,11 @@ def padded(size: int) -> int:
     return max(16, power_of_two(size))
 
 
+def widths(key_dim: int, value_dim: int) -> dict[str, int]:
+    """Head dimensions as kernels take them."""
+    return {"KEY_DIM": key_dim, "KEY_PAD": padded(key_dim), "VALUE_DIM": value_dim, "VALUE_PAD": padded(value_dim)}
+
+
 def dot_precision() -> str:
     """`input_precision` of products: fp32 ones are exact unless the user allowed TF32; others do not care."""
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"

@@ -4,7 +4,7 @@ One warp group takes 64 rows (queries × heads of a KV head) through the blocks 
 share a streaming multiprocessor, and while one computes exponents the other keeps the tensor cores busy. K and V come by
 bulk copy, the next blocks while this one is multiplied; a block that a row's query did not choose gets weights of exactly
 0 and changes nothing in the row. Written for Triton 3.6's Gluon, with the parts of banded_hopper.py.
-Leaves out the backward pass: dq in Triton reaches the same rate (selected.py), dk and dv are in gathered_hopper.py.
+Leaves out the backward pass: dq in Triton reaches the same rate (selected.py), dk and dv are in selected_keys_hopper.py.
 """
 
 import torch
@@ -14,6 +14,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from nsa.kernels.banded_hopper import await_tile, clear_rows, copied_in_bulk, key_descriptor, num_processors, row_pointers
 from nsa.kernels.launch import launch
+from nsa.kernels.tiles import KernelPlan
 from nsa.kernels.unions import BlockUnions
 
 ROWS = 64
@@ -24,16 +25,17 @@ MIN_GROUP = 2
 
 
 @gluon.jit
-def tile_of(index, num_heads, tables, capacity, QUERIES: gl.constexpr):
+def tile_of(index, num_tiles, num_heads, tables, capacity, QUERIES: gl.constexpr):
     """Unit of work `index`: KV head; first query (in its sequence, and packed); first key; numbers of queries and keys;
-    position of the first query; the list of blocks and its length."""
+    position of the first query; the list of blocks and its length. Head by head, since K and V of one fit into the L2 cache."""
     Tiles, QueryEnds, KeyEnds, Counts = tables
-    tile, head = index // num_heads, index % num_heads
+    tile, head = index % num_tiles, index // num_tiles
+    item = tile * num_heads + head
     sequence, start = gl.load(Tiles + 2 * tile), gl.load(Tiles + 2 * tile + 1)
     first_query, first_key = gl.load(QueryEnds + sequence), gl.load(KeyEnds + sequence)
     num_queries, num_keys = gl.load(QueryEnds + sequence + 1) - first_query, gl.load(KeyEnds + sequence + 1) - first_key
     row, position = (first_query + start).to(gl.int64), num_keys - num_queries + start
-    return head, start, row, first_key, num_queries, num_keys, position, index.to(gl.int64) * capacity, gl.load(Counts + index)
+    return head, start, row, first_key, num_queries, num_keys, position, item.to(gl.int64) * capacity, gl.load(Counts + item)
 
 
 @gluon.jit
@@ -71,12 +73,14 @@ def softmax_step(scores, row_max, scale, block, bits, query, positions, first_po
     return gl.exp2(scores * scale - gl.where(mine, shift, float("inf"))[:, None]), new_max, decay
 
 
-@gluon.jit(do_not_specialize=["num_units", "capacity"])
+@gluon.jit(do_not_specialize=["num_tiles", "capacity", "limit"])
 def forward_kernel(
-    k_desc, v_desc, Q, Gate, Out, Branch, Lse, Blocks, Bits, tables, strides, scale, num_units, num_heads, capacity,
+    k_desc, v_desc, Q, Gate, Out, Branch, Lse, Blocks, Bits, TotalBlocks, tables, strides, scale, num_tiles, num_heads, capacity, limit,
     GROUP: gl.constexpr, QUERIES: gl.constexpr, STAGES: gl.constexpr, ACCUMULATE: gl.constexpr, KEEP: gl.constexpr,
 ):  # fmt: skip
     """Out (+)= gate · o, branch output and LSE of the tiles program, program + programs, …, heads of a tile side by side."""
+    if gl.load(TotalBlocks) > limit:
+        return
     DTYPE: gl.constexpr = k_desc.dtype
     DIM: gl.constexpr = k_desc.block_type.shape[1]
     stride_q, stride_qh, stride_kh, stride_vh, stride_g, stride_gh, stride_o, stride_oh, stride_b, stride_bh, stride_l = strides
@@ -103,8 +107,10 @@ def forward_kernel(
     dims = gl.arange(0, DIM, layout=gl.SliceLayout(0, wide))[None, :]
     zeros = gl.zeros([64, 64], gl.float32, layout=mma_s)
     query = gl.minimum(rows // GROUP, QUERIES - 1)
-    step = gl.num_programs(0)
-    head, start, row, first_key, num_queries, num_keys, position, list_at, count = tile_of(gl.program_id(0), num_heads, tables, capacity, QUERIES)
+    num_units, step = num_tiles * num_heads, gl.num_programs(0)
+    head, start, row, first_key, num_queries, num_keys, position, list_at, count = tile_of(
+        gl.program_id(0), num_tiles, num_heads, tables, capacity, QUERIES
+    )
     fill_first(descs, buffers, rings, Blocks, list_at, count, 0, first_key, (head * stride_kh, head * stride_vh))
     valid = (start + wide_rows // GROUP < num_queries) & (wide_rows < QUERIES * GROUP)
     first_at = row_pointers(Q + head * GROUP * stride_qh, row, stride_q, stride_qh, wide_rows, GROUP)
@@ -114,7 +120,7 @@ def forward_kernel(
     done = 0
     for index in range(gl.program_id(0), num_units, step):
         next_head, next_start, next_row, next_first_key, next_queries, next_keys, next_position, next_list, next_count = tile_of(
-            gl.minimum(index + step, num_units - 1), num_heads, tables, capacity, QUERIES
+            gl.minimum(index + step, num_units - 1), num_tiles, num_heads, tables, capacity, QUERIES
         )
         group = head * GROUP
         positions = position + rows // GROUP
@@ -201,19 +207,18 @@ def takes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, size: int) -> bool:
 
 def forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, gate: torch.Tensor, out: torch.Tensor, branch: torch.Tensor | None, lse: torch.Tensor,
-    unions: BlockUnions, ends: tuple[torch.Tensor, torch.Tensor], *, scale: float, accumulate: bool,
+    unions: BlockUnions, plan: KernelPlan, *, limit: int, scale: float, accumulate: bool,
 ) -> None:  # fmt: skip
-    """`selected.selected_forward` on this kernel: writes out, branch (where given) and lse.
+    """`selected.selected_forward` on this kernel: writes out, branch (where given) and lse, unless the unions' total is above `limit`.
 
     Args:
-        unions: over tiles of ROWS // group queries. ends: of queries and keys. scale: on q·k, times log2(e).
+        unions: over tiles of ROWS // group queries. scale: on q·k, times log2(e).
     """
-    num_heads, kept = k.shape[1], out if branch is None else branch
-    num_units = unions.tiles.shape[0] * num_heads
+    num_tiles, num_heads, kept = unions.tiles.shape[0], k.shape[1], out if branch is None else branch
     strides = (*q.stride()[:2], k.stride(1), v.stride(1), *gate.stride(), *out.stride()[:2], *kept.stride()[:2], lse.stride(0))
     launch(
-        forward_kernel, (min(num_units, 2 * num_processors(q.device)),),
-        key_descriptor(k, 64), key_descriptor(v, 64), q, gate, out, kept, lse, unions.blocks, unions.bits,
-        (unions.tiles, *ends, unions.counts), strides, scale, num_units, num_heads, unions.blocks.shape[1],
+        forward_kernel, (min(num_tiles * num_heads, 2 * num_processors(q.device)),),
+        key_descriptor(k, 64), key_descriptor(v, 64), q, gate, out, kept, lse, unions.blocks, unions.bits, unions.total,
+        (unions.tiles, plan.query_ends, plan.key_ends, unions.counts), strides, scale, num_tiles, num_heads, unions.blocks.shape[1], limit,
         GROUP=q.shape[1] // num_heads, QUERIES=unions.queries, STAGES=STAGES, ACCUMULATE=accumulate, KEEP=branch is not None, num_warps=4,
     )  # fmt: skip

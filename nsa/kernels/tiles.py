@@ -7,12 +7,23 @@ the device once. Query, key and compressed tiles never cross a sequence border. 
 from __future__ import annotations
 
 import itertools
+from dataclasses import dataclass
 
 import torch
 
 from nsa.blocks import num_compressed
 from nsa.config import SparsityConfig
 from nsa.packing import all_places, checked_ends
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """Shape of a program of the selected branch: keys of a step, rows (queries × heads), and how it is scheduled."""
+
+    keys: int
+    rows: int
+    num_warps: int
+    num_stages: int
 
 
 class KernelPlan:

@@ -32,6 +32,7 @@ class BlockUnions:
     blocks: int32 `[tiles·Hkv, capacity]`, block numbers from the sequence's start, ascending; nothing of use beyond the count.
     bits: int32, the same shape: bit i says that query i of the tile chose the block.
     counts: int32 `[tiles·Hkv]`, at least 1: a tile that chose nothing has block 0 without a bit.
+    total: int32 `[1]`, the sum of the counts.
     """
 
     queries: int
@@ -39,11 +40,12 @@ class BlockUnions:
     blocks: torch.Tensor
     bits: torch.Tensor
     counts: torch.Tensor
+    total: torch.Tensor
 
 
 @triton.jit(do_not_specialize=["capacity"])
 def unions_kernel(
-    selection, tiles, query_ends, key_ends, blocks, bits, counts, num_kv_heads, capacity,
+    selection, tiles, query_ends, key_ends, blocks, bits, counts, total, num_kv_heads, capacity,
     SELECT: tl.constexpr, CHOSEN: tl.constexpr, CHOSEN_PAD: tl.constexpr, QUERIES: tl.constexpr, QUERIES_PAD: tl.constexpr,
 ):  # fmt: skip
     """The list of one tile and KV head: again and again the lowest block that is left."""
@@ -76,6 +78,7 @@ def unions_kernel(
         block = tl.min(tl.min(left, 1), 0)
         count += 1
     tl.store(counts + item, count)
+    tl.atomic_add(total, count, sem="relaxed")
 
 
 def unite_choices(selection: torch.Tensor, queries: int, plan: KernelPlan, config: SparsityConfig) -> BlockUnions:
@@ -94,11 +97,12 @@ def unite_choices(selection: torch.Tensor, queries: int, plan: KernelPlan, confi
     capacity = max(4, ceil_div(capacity, 4) * 4)
     blocks = torch.empty(2, tiles.shape[0] * num_kv_heads, capacity, dtype=torch.int32, device=selection.device)
     counts = torch.empty(tiles.shape[0] * num_kv_heads, dtype=torch.int32, device=selection.device)
+    total = torch.zeros(1, dtype=torch.int32, device=selection.device)
     queries_pad, chosen_pad = power_of_two(queries), power_of_two(n)
     launch(
         unions_kernel, (tiles.shape[0], num_kv_heads),
-        selection, tiles, plan.query_ends, plan.key_ends, blocks[0], blocks[1], counts, num_kv_heads, capacity,
+        selection, tiles, plan.query_ends, plan.key_ends, blocks[0], blocks[1], counts, total, num_kv_heads, capacity,
         SELECT=config.select_block_size, CHOSEN=n, CHOSEN_PAD=chosen_pad, QUERIES=queries, QUERIES_PAD=queries_pad,
         num_warps=min(8, max(1, queries_pad * chosen_pad // WARP_ENTRIES)),
     )  # fmt: skip
-    return BlockUnions(queries, tiles, blocks[0], blocks[1], counts)
+    return BlockUnions(queries, tiles, blocks[0], blocks[1], counts, total)

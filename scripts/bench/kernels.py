@@ -10,8 +10,9 @@ Dense: PyTorch's SDPA with the flash and the cuDNN backend, whichever runs; peer
 calls, the median of `--repeats` after a warm-up, going round several sets of inputs where one would stay in the L2 cache (branches
 by themselves use one); decode steps are CUDA graphs replayed after the L2 cache was overwritten.
 The floor of a row is the larger of its FLOPs at the GEMM rate and its bytes at the copy rate measured here.
-Blocks are always the kernels' own choice, on keys that drift slowly along the sequence as trained models' do, or on random keys,
-which makes it a random choice (worst locality). Single branches have given random blocks instead.
+Blocks are always the kernels' own choice, on queries and keys whose neighbours are as much alike as a trained model's (attention/
+workload.py says how much), or on random ones, which makes it a random choice (worst locality). Single branches have given random
+blocks instead.
 Peak memory: GB (10⁹ bytes) beyond inputs and output; in `backward` rows of forward and backward together, saved tensors and
 gradients counted in. First call: seconds of one forward and backward, or one decode step, at 8,192 tokens, nothing compiled before.
 """
@@ -246,7 +247,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--layouts", default=",".join(LAYOUTS), help=f"of {', '.join(LAYOUTS)}")
     parser.add_argument("--lengths", default="1024,2048,4096,8192,16384,32768,65536,131072")
     parser.add_argument("--parts", default=",".join(PARTS), help=f"of {', '.join(PARTS)}")
-    parser.add_argument("--keys", default="drifting,random", help="which keys whole calls and branches are timed on")
+    parser.add_argument("--keys", default="alike,random", help="whether neighbouring queries and keys are alike in what whole calls and branches are timed on")
     parser.add_argument("--batches", default="1,32", help="of the decode steps")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--peers", default="", help="checkouts of peers, put on Python's path")
@@ -254,7 +255,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--skip-check", action="store_true")
     parser.add_argument("--output", type=Path, help="append the table to this file")
     args = parser.parse_args()
-    allowed = {"layouts": tuple(LAYOUTS), "parts": PARTS, "keys": ("drifting", "random"), "peer_names": NAMES}
+    allowed = {"layouts": tuple(LAYOUTS), "parts": PARTS, "keys": ("alike", "random"), "peer_names": NAMES}
     for name, names in allowed.items():
         setattr(args, name, tuple(getattr(args, name).split(",")))
         if unknown := [x for x in getattr(args, name) if x not in names]:
@@ -272,9 +273,9 @@ def rows_of(layout: str, length: int, args: argparse.Namespace) -> Iterator[Row]
         parts = tuple(part for part in parts if part in ("forward", "dense"))
     whole = {"forward", "backward", "branches", "deterministic"} & set(parts)
     for keys in args.keys if whole else ():
-        problems = make_problems(layout, length, realistic=keys == "drifting")
+        problems = make_problems(layout, length, realistic=keys == "alike")
         yield from attention_rows(problems, parts, repeats)
-        if "deterministic" in parts and keys == "drifting":
+        if "deterministic" in parts and keys == "alike":
             yield from attention_rows(problems, parts, repeats, deterministic=True)
         if "branches" in parts:
             yield from branch_rows(problems[0], repeats)

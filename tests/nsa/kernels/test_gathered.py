@@ -1,4 +1,4 @@
-"""The block-major kernels against the query-major ones, which test_selected.py holds against dense attention."""
+"""The block-major kernels against those that share blocks, which test_selected.py holds against dense attention."""
 
 from dataclasses import replace
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nsa.config import SparsityConfig
-from nsa.kernels import gathered, inverse, selected
+from nsa.kernels import gathered, inverse, selected, selected_keys
 from nsa.kernels.selected import selected_backward, selected_forward
 from nsa.kernels.tiles import KernelPlan
 from nsa.testing import cumulative, relative_rms
@@ -26,6 +26,12 @@ def shapes(monkeypatch):
         monkeypatch.setattr(gathered, "gather_shapes", lambda *arguments: replace(table(*arguments), **changes))
 
     return change
+
+
+def set_limit(monkeypatch, limit):
+    """The total of union sizes above which the block-major kernels do the work."""
+    for module in (gathered, selected):
+        monkeypatch.setattr(module, "most_shared", lambda *_: limit)
 
 
 def cuts_of(chunk):
@@ -76,9 +82,13 @@ def compare(monkeypatch, lengths, query_lengths=None, config=SMALL, *, num_kv_he
         selection = random_selection(lengths, query_lengths, num_kv_heads, config, forced=forced)
     arguments = (inputs, selection, lengths, query_lengths, config)
     monkeypatch.setattr(gathered, "query_cuts", cuts_of(chunk))
-    monkeypatch.setattr(selected, "gathers", lambda *_, **__: False)
+    monkeypatch.setattr(selected, "may_gather", lambda *_: False)
     wanted = run(*arguments, accumulate=accumulate)
-    monkeypatch.setattr(selected, "gathers", lambda *_, **__: True)
+    monkeypatch.setattr(selected, "may_gather", lambda *_: True)
+    set_limit(monkeypatch, 10**9)
+    for got, want in zip(run(*arguments, accumulate=accumulate), wanted, strict=True):
+        assert torch.equal(got, want)  # the block-major kernels have left everything alone
+    set_limit(monkeypatch, 0)
     results = run(*arguments, accumulate=accumulate)
     tolerance = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}[dtype]
     for got, want in zip(results, wanted, strict=True):
@@ -106,12 +116,12 @@ def test_several_heads_in_one_launch_and_no_shared_blocks(monkeypatch, shapes):
 
 
 def test_parts_of_long_lists(monkeypatch, shapes):
-    shapes(forward_part=10, backward_part=10)
+    shapes(part=10)
     compare(monkeypatch, [40], [16], forced=False, chunk=40)
 
 
 def test_ranges_of_one_head_each(monkeypatch, shapes):
-    shapes(forward_scratch=1, backward_scratch=1)
+    shapes(scratch=1)
     monkeypatch.setattr(inverse, "MAX_BOUNDS", 1)
     compare(monkeypatch, [40], [10], num_kv_heads=2, chunk=6)
 
@@ -148,27 +158,53 @@ def alone_and_packed(monkeypatch, lengths, config, *, group, dim, dtype, chunk):
 
 
 @pytest.mark.parametrize(("group", "dtype"), [(2, torch.float16), (16, torch.float16), (2, torch.float32)])
-def test_deterministic_results_do_not_depend_on_the_batch(monkeypatch, shapes, group, dtype):
-    shapes(forward_part=10 * group, backward_part=10 * group)
-    monkeypatch.setattr(gathered, "MIN_QUERIES", 60)
-    monkeypatch.setattr(selected, "SEGMENT_ROWS", 10 * group)
+def test_deterministic_results_do_not_depend_on_the_batch(monkeypatch, group, dtype):
+    monkeypatch.setattr(gathered, "MIN_BLOCKS", 0)
+    set_limit(monkeypatch, 0)
+    monkeypatch.setattr(selected_keys, "PART_ROWS", 10 * group)
     alone_and_packed(monkeypatch, [5, 40, 20], SMALL, group=group, dim=16, dtype=dtype, chunk=24)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("group", "dtype"), [(4, torch.bfloat16), (16, torch.bfloat16), (4, torch.float32)])
 def test_deterministic_results_at_paper_settings(monkeypatch, group, dtype):
-    monkeypatch.setattr(gathered, "MIN_QUERIES", 1000)
+    monkeypatch.setattr(gathered, "MIN_BLOCKS", 0)
+    set_limit(monkeypatch, 0)
     alone_and_packed(monkeypatch, [100, 900, 300], SparsityConfig(compressor="mean"), group=group, dim=128, dtype=dtype, chunk=256)
 
 
 def test_the_rule():
-    assert gathered.gathers(16, 65536, 2**15, torch.bfloat16, backward=True)
-    assert gathered.gathers(8, 65536, 2**15, torch.bfloat16, backward=False)
-    assert not gathered.gathers(16, 65536, 2**15, torch.bfloat16, backward=False)
-    assert gathered.gathers(8, None, 2**15, torch.bfloat16, backward=False) and not gathered.gathers(8, 100, 2**15, torch.bfloat16, backward=False)
-    for other in ((17, 65536, 2**15, torch.bfloat16), (8, 100, 2**15, torch.bfloat16), (8, 65536, 2**15, torch.float32)):
-        assert not gathered.gathers(*other, backward=True)
+    config = SparsityConfig(compressor="mean")
+
+    def rule(group, length, block_bytes=2**15, dtype=torch.bfloat16):
+        plan = KernelPlan(torch.tensor([0, length]), None, config=config, device=torch.device("cpu"))
+        return gathered.may_gather(group, plan, config, block_bytes, dtype)
+
+    assert rule(8, 8193) and not rule(8, 8192) and not rule(9, 8193)
+    assert not rule(8, 8193, block_bytes=2**18) and not rule(8, 8193, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("spread", [False, True])
+def test_the_choices_decide(monkeypatch, spread):
+    """Neighbours that choose alike stay with the shared blocks; those that choose differently go block by block."""
+    monkeypatch.setattr(gathered, "MIN_BLOCKS", 0)
+    config = replace(SMALL, select_block_size=8, num_selected_blocks=1, num_init_blocks=0, num_local_blocks=1)
+    inputs = draw(20, 100, 1, 2, 16, 16, torch.float16)
+    selection = torch.arange(20).clamp(max=11 if spread else 2).view(20, 1, 1).to(DEVICE, torch.int32)
+    calls = []
+    kernel = gathered.launch
+
+    def spy(which, grid, *arguments, **settings):
+        kernel(which, grid, *arguments, **settings)
+        if which is gathered.merge_kernel:
+            calls.append(int(arguments[3]) > settings_limit(arguments))
+
+    def settings_limit(arguments):
+        return arguments[-2]
+
+    monkeypatch.setattr(gathered, "launch", spy)
+    run(inputs, selection, [100], [20], config)
+    assert calls == [spread]
 
 
 @pytest.mark.gpu
@@ -180,21 +216,18 @@ def test_paper_settings(monkeypatch, group, key_dim, value_dim, dtype):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("group", [1, 3, 4, 16])
+@pytest.mark.parametrize("group", [1, 2, 3, 4, 8, 16, 64])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_hopper(monkeypatch, group, dtype):
-    if not gathered.runs_hopper_kernels(torch.device(DEVICE, 0)):
+    if not selected.runs_hopper_kernels(torch.device(DEVICE, 0)):
         pytest.skip("no Hopper GPU with Triton 3.6")
-    monkeypatch.setattr(gathered, "MAX_HOPPER_GROUP", 16)
     config = SparsityConfig(compressor="mean")
-    results = compare(monkeypatch, [1500, 63], [900, 63], config, num_kv_heads=2, group=group, key_dim=128, value_dim=128, dtype=dtype, chunk=512)
-    monkeypatch.setattr(gathered, "MAX_HOPPER_GROUP", 0)
-    plain = compare(monkeypatch, [1500, 63], [900, 63], config, num_kv_heads=2, group=group, key_dim=128, value_dim=128, dtype=dtype, chunk=512)
-    for got, want in zip(results[3:], plain[3:], strict=True):
-        assert not torch.equal(got, want) and relative_rms(got, want) <= 1e-2
-
-
-@pytest.mark.parametrize("group", [1, 3])
-def test_dq_by_query_tiles(monkeypatch, group):
-    monkeypatch.setattr(selected, "GATHERED_DQ", False)
-    compare(monkeypatch, [40, 13], group=group, num_kv_heads=2)
+    lengths, query_lengths = [1500, 63], [900, 63]
+    arguments = (draw(963, 1563, 2, group, 128, 128, dtype), random_selection(lengths, query_lengths, 2, config, forced=False), lengths, query_lengths)
+    monkeypatch.setattr(selected_keys, "PART_ROWS", 4096)
+    results = run(*arguments, config)
+    for module in (selected, selected_keys):
+        monkeypatch.setattr(module, "takes_hopper", lambda *_: False)
+    for number, (got, want) in enumerate(zip(results, run(*arguments, config), strict=True)):
+        assert relative_rms(got, want) <= 1e-2
+        assert torch.equal(got, want) == (number == 3 or (group == 1 and number < 3))  # dq is the same kernel's, and group 1's forward
