@@ -106,7 +106,7 @@ def load_block(
 
 @triton.jit(do_not_specialize=["range_number", "first_head", "first_query", "num_rows", "limit"])
 def gathered_forward_kernel(
-    q, k, v, total, partial, stats, queries, slots, counts, blocks, firsts, sizes, block_sequence, block_ends, query_ends, key_ends,
+    q, k, v, union_total, partial, stats, queries, slots, counts, blocks, firsts, sizes, block_sequence, block_ends, query_ends, key_ends,
     q_row, q_head, k_row, k_head, v_row, v_head, num_kv_heads, range_number, first_head, first_query, num_rows, limit, scale_log2,
     GROUP: tl.constexpr, KEY_DIM: tl.constexpr, KEY_PAD: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr, ROWS: tl.constexpr,
     KEYS: tl.constexpr, SELECT: tl.constexpr, CHOSEN: tl.constexpr, PRECISION: tl.constexpr,
@@ -117,7 +117,7 @@ def gathered_forward_kernel(
     -inf where the row sees none of the keys."""
     kv_head = first_head + tl.program_id(1)
     owner = range_number * num_kv_heads + kv_head
-    if (tl.load(total) <= limit) | (tl.program_id(0) >= tl.load(counts + owner)):
+    if (tl.load(union_total) <= limit) | (tl.program_id(0) >= tl.load(counts + owner)):
         return
     item = owner * tl.num_programs(0) + tl.program_id(0)
     block, size = tl.load(blocks + item), tl.load(sizes + item)
@@ -248,7 +248,7 @@ def merge_kernel(
 
 @triton.jit(do_not_specialize=["range_number", "first_head", "first_query", "num_rows", "limit"])
 def gathered_dq_kernel(
-    d_out, q, k, v, lse, delta, gate, total, partial, queries, slots, counts, blocks, firsts, sizes, block_sequence, block_ends, query_ends,
+    d_out, q, k, v, lse, delta, gate, union_total, partial, queries, slots, counts, blocks, firsts, sizes, block_sequence, block_ends, query_ends,
     key_ends,
     d_out_row, d_out_head, q_row, q_head, k_row, k_head, v_row, v_head, delta_row, delta_head, gate_row, gate_head,
     num_kv_heads, range_number, first_head, first_query, num_rows, limit, scale_log2,
@@ -258,7 +258,7 @@ def gathered_dq_kernel(
     """What a part of the range's queries get for dq from one block: partial `[heads, rows, n, G, Dk]` = dS K."""
     kv_head = first_head + tl.program_id(1)
     owner = range_number * num_kv_heads + kv_head
-    if (tl.load(total) <= limit) | (tl.program_id(0) >= tl.load(counts + owner)):
+    if (tl.load(union_total) <= limit) | (tl.program_id(0) >= tl.load(counts + owner)):
         return
     item = owner * tl.num_programs(0) + tl.program_id(0)
     block, size = tl.load(blocks + item), tl.load(sizes + item)
@@ -298,12 +298,12 @@ def gathered_dq_kernel(
 
 @triton.jit(do_not_specialize=["first_head", "first_query", "num_rows", "limit"])
 def add_dq_kernel(
-    total, partial, selection, dq, dq_before, dq_row, dq_head, before_row, before_head, num_kv_heads, first_head, first_query, num_rows, limit, scale,
+    union_total, partial, selection, dq, dq_before, dq_row, dq_head, before_row, before_head, num_kv_heads, first_head, first_query, num_rows, limit, scale,
     GROUP: tl.constexpr, KEY_DIM: tl.constexpr, KEY_PAD: tl.constexpr, ROWS: tl.constexpr, CHOSEN: tl.constexpr,
     STAGES: tl.constexpr, BEFORE: tl.constexpr,
 ):  # fmt: skip
     """dq = dq_before (with BEFORE) + scale · the sum of the parts, slot by slot."""
-    if tl.load(total) <= limit:
+    if tl.load(union_total) <= limit:
         return
     TILE: tl.constexpr = ROWS // GROUP
     kv_head = first_head + tl.program_id(1)
