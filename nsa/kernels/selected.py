@@ -20,7 +20,7 @@ import triton.language as tl
 from nsa.config import SparsityConfig
 from nsa.kernels.banded import runs_hopper_kernels
 from nsa.kernels.gathered import gathered_dq, gathered_forward, may_gather, most_shared
-from nsa.kernels.inverse import InverseIndex, invert_selection
+from nsa.kernels.inverse import invert_selection
 from nsa.kernels.launch import LOG2_E, dot_precision, launch, padded, widths
 from nsa.kernels.selected_keys import selected_dkdv
 from nsa.kernels.tiles import KernelPlan, Tile

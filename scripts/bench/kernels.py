@@ -247,7 +247,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--layouts", default=",".join(LAYOUTS), help=f"of {', '.join(LAYOUTS)}")
     parser.add_argument("--lengths", default="1024,2048,4096,8192,16384,32768,65536,131072")
     parser.add_argument("--parts", default=",".join(PARTS), help=f"of {', '.join(PARTS)}")
-    parser.add_argument("--keys", default="alike,random", help="whether neighbouring queries and keys are alike in what whole calls and branches are timed on")
+    parser.add_argument(
+        "--keys", default="alike,random", help="whether neighbouring queries and keys are alike in what whole calls and branches are timed on"
+    )
     parser.add_argument("--batches", default="1,32", help="of the decode steps")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--peers", default="", help="checkouts of peers, put on Python's path")

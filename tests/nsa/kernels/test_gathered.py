@@ -15,8 +15,6 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = SparsityConfig(compress_block_size=8, compress_stride=4, select_block_size=16, num_selected_blocks=4, compressor="mean")
 
 
-
-
 @pytest.fixture
 def shapes(monkeypatch):
     """Changes entries of the table."""
@@ -223,7 +221,12 @@ def test_hopper(monkeypatch, group, dtype):
         pytest.skip("no Hopper GPU with Triton 3.6")
     config = SparsityConfig(compressor="mean")
     lengths, query_lengths = [1500, 63], [900, 63]
-    arguments = (draw(963, 1563, 2, group, 128, 128, dtype), random_selection(lengths, query_lengths, 2, config, forced=False), lengths, query_lengths)
+    arguments = (
+        draw(963, 1563, 2, group, 128, 128, dtype),
+        random_selection(lengths, query_lengths, 2, config, forced=False),
+        lengths,
+        query_lengths,
+    )
     monkeypatch.setattr(selected_keys, "PART_ROWS", 4096)
     results = run(*arguments, config)
     for module in (selected, selected_keys):

@@ -45,8 +45,6 @@ def dense(q, k, v, selection, lengths, query_lengths, config, scale):
     return torch.cat(outs), torch.cat(logs)
 
 
-
-
 def check(
     lengths, config=SMALL, *, query_lengths=None, num_kv_heads=2, group=2, key_dim=16, value_dim=8, dtype=torch.float32, selection=None, twice=False
 ):
