@@ -157,7 +157,8 @@ def gathered_forward_kernel(
 @triton.jit(do_not_specialize=["first_head", "first_query", "num_rows", "limit"])
 def merge_kernel(
     q, k, v, union_total, partial, stats, selection, gate, out, branch_out, lse, row_sequence, query_ends, key_ends,
-    q_row, q_head, k_row, k_head, v_row, v_head, gate_row, gate_head, out_row, out_head, num_kv_heads, first_head, first_query, num_rows, limit, scale_log2,
+    q_row, q_head, k_row, k_head, v_row, v_head, gate_row, gate_head, out_row, out_head,
+    num_kv_heads, first_head, first_query, num_rows, limit, scale_log2,
     GROUP: tl.constexpr, KEY_DIM: tl.constexpr, KEY_PAD: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr, ROWS: tl.constexpr,
     KEYS: tl.constexpr, SELECT: tl.constexpr, CHOSEN: tl.constexpr, CHOSEN_PAD: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr,
     STAGES: tl.constexpr, ACCUMULATE: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr,
@@ -298,7 +299,8 @@ def gathered_dq_kernel(
 
 @triton.jit(do_not_specialize=["first_head", "first_query", "num_rows", "limit"])
 def add_dq_kernel(
-    union_total, partial, selection, dq, dq_before, dq_row, dq_head, before_row, before_head, num_kv_heads, first_head, first_query, num_rows, limit, scale,
+    union_total, partial, selection, dq, dq_before, dq_row, dq_head, before_row, before_head,
+    num_kv_heads, first_head, first_query, num_rows, limit, scale,
     GROUP: tl.constexpr, KEY_DIM: tl.constexpr, KEY_PAD: tl.constexpr, ROWS: tl.constexpr, CHOSEN: tl.constexpr,
     STAGES: tl.constexpr, BEFORE: tl.constexpr,
 ):  # fmt: skip
