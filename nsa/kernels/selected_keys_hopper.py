@@ -1,8 +1,8 @@
 """dk and dv of attention over chosen blocks on Hopper, in Gluon (selected_keys.py says what they are and cuts the lists).
 
-One warp group multiplies along a part of a block's list of queries, 64 rows at a time, while other warps copy the next tile:
-a query's heads lie side by side, so in groups of at least 8 the copy engine fetches them in one piece, else four warps copy
-16 bytes a thread. The products into dV and dK run while the registers are at work.
+One warp group walks a part of a block's list of queries, 64 rows at a time: the next tile's rows are copied while this one is
+multiplied, the rows' statistics come along, and the products into dV and dK run while the registers are at
+work. A query's heads lie side by side, so in groups of at least 8 the copy engine fetches them in one piece.
 Written for Triton 3.6's Gluon.
 """
 
@@ -21,9 +21,6 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from nsa.kernels.banded_hopper import copied_in_bulk, shared_layout
 from nsa.kernels.launch import LOG2_E, ceil_div, launch
 
-MAX_REGISTERS = 128
-"""Of a thread, so that two programs share a streaming multiprocessor; the warps that copy leave most of theirs to those that multiply."""
-WORKER_REGISTERS = 24
 MIN_BULK_GROUP = 8
 """Heads whose rows the copy engine brings at once: as many as repeat the layout of shared memory."""
 
@@ -46,6 +43,16 @@ def row_stats_kernel(lse, delta, gate, stats, delta_row, delta_head, gate_row, g
 
 
 @gluon.jit
+def tile_stats_at(queries, start, size, num_heads, head, num_stats, LAYOUT: gl.constexpr, GROUP: gl.constexpr):
+    """Packed query row of each row of a tile, and where its statistics are: the last place if there is no such row."""
+    TILE: gl.constexpr = 64 // GROUP
+    lane = gl.arange(0, 64, layout=LAYOUT)
+    entry = start + lane // GROUP
+    row = gl.load(queries + gl.minimum(entry, size - 1))
+    return row, gl.where((lane < TILE * GROUP) & (entry < size), row.to(gl.int64) * num_heads + head + lane % GROUP, num_stats - 1)
+
+
+@gluon.jit
 def copy_rows(source, tile, row, stride_row, stride_head, head, LAYOUT: gl.constexpr, GROUP: gl.constexpr):
     """Starts the copy of a tile's rows of q or d_out, 16 bytes a thread."""
     wide = gl.convert_layout(row, gl.SliceLayout(1, LAYOUT)).to(gl.int64)
@@ -55,16 +62,12 @@ def copy_rows(source, tile, row, stride_row, stride_head, head, LAYOUT: gl.const
 
 
 @gluon.jit
-def fetch_rows(descs, tiles, ready, slot, queries, start, size, head, GROUP: gl.constexpr):
+def fetch_rows(descs, q_pieces, do_pieces, ready, slot, queries, start, size, head, GROUP: gl.constexpr):
     """Starts the copies of a tile's rows of q and d_out by the copy engine: query by query, 64 columns at a time, as they lie
     one behind the other in a tile of 64 rows."""
     q_desc, do_desc = descs
-    q_tiles, do_tiles = tiles
     COUNT: gl.constexpr = 64 // GROUP
-    HALVES: gl.constexpr = q_tiles.type.shape[2] // 64
-    piece: gl.constexpr = gl.NVMMASharedLayout.get_default_for([GROUP, 64], q_desc.dtype)
-    q_pieces = q_tiles._reinterpret(q_desc.dtype, [q_tiles.type.shape[0] * HALVES * COUNT, GROUP, 64], piece)
-    do_pieces = do_tiles._reinterpret(q_desc.dtype, [q_tiles.type.shape[0] * HALVES * COUNT, GROUP, 64], piece)
+    HALVES: gl.constexpr = q_pieces.type.shape[0] // (2 * COUNT)
     mbarrier.expect(ready, HALVES * COUNT * (q_desc.block_type.nbytes + do_desc.block_type.nbytes))
     for entry in gl.static_range(COUNT):
         row = gl.load(queries + gl.minimum(start + entry, size - 1))
@@ -77,89 +80,25 @@ def fetch_rows(descs, tiles, ready, slot, queries, start, size, head, GROUP: gl.
 
 
 @gluon.jit
-def bring_tiles(common, GROUP: gl.constexpr, BULK: gl.constexpr, WARPS: gl.constexpr):
-    """The warps that copy: q, d_out and statistics of one tile after the other into the ring."""
-    descs, sources, tiles, stat_tiles, rings, list_of, strides, num_heads, num_stats, _scales = common
+def start_tile(
+    descs, sources, tiles, pieces, ready, slot, queries, start, size, head, strides, num_heads, num_stats,
+    WIDE: gl.constexpr, GROUP: gl.constexpr, BULK: gl.constexpr,
+):  # fmt: skip
+    """Starts the copy of the tile of queries start … of a list to place `slot`: q, d_out and the statistics."""
     q, d_out, stats = sources
-    q_tiles, do_tiles = tiles
-    ready, empty = rings
-    queries, size, _lowest, head = list_of
-    d_out_row, d_out_head, q_row, q_head = strides
-    DIM: gl.constexpr = q_tiles.type.shape[2]
-    STAGES: gl.constexpr = q_tiles.type.shape[0]
-    TILE: gl.constexpr = 64 // GROUP
-    line: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
-    wide: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // DIM, DIM // 8], [WARPS, 1], [1, 0])
-    lane = gl.arange(0, 64, layout=line)
-    count = gl.cdiv(size, TILE)
-    for i in range(count):
-        slot = i % STAGES
-        mbarrier.wait(empty.index(slot), (i // STAGES & 1) ^ 1)
-        if BULK:
-            fetch_rows(descs, tiles, ready.index(slot), slot, queries, i * TILE, size, head, GROUP)
-        entry = i * TILE + lane // GROUP
-        row = gl.load(queries + gl.minimum(entry, size - 1))
-        at = gl.where((lane < TILE * GROUP) & (entry < size), row.to(gl.int64) * num_heads + head + lane % GROUP, num_stats - 1)
-        async_copy.async_copy_global_to_shared(stat_tiles.index(slot).slice(0, 64), stats + at)
-        async_copy.async_copy_global_to_shared(stat_tiles.index(slot).slice(64, 64), stats + num_stats + at)
-        if not BULK:
-            copy_rows(q, q_tiles.index(slot), row, q_row, q_head, head, wide, GROUP)
-            copy_rows(d_out, do_tiles.index(slot), row, d_out_row, d_out_head, head, wide, GROUP)
-        async_copy.commit_group()
-        if i > 0:
-            async_copy.wait_group(1)
-            fence_async_shared()
-            mbarrier.arrive(ready.index((i - 1) % STAGES), count=1)
-    async_copy.wait_group(0)
-    fence_async_shared()
-    if count > 0:
-        mbarrier.arrive(ready.index((count - 1) % STAGES), count=1)
-
-
-@gluon.jit
-def multiply_tiles(common, keys, GROUP: gl.constexpr):
-    """The warp group that multiplies: sums of dk and dv over the tiles of the list."""
-    _descs, _sources, tiles, stat_tiles, rings, list_of, _strides, _num_heads, _num_stats, scales = common
-    key_tile, value_tile, first_key = keys
-    q_tiles, do_tiles = tiles
-    ready, empty = rings
-    queries, size, offset, _head = list_of
-    _scale, scale_log2 = scales
-    DTYPE: gl.constexpr = q_tiles.dtype
-    DIM: gl.constexpr = q_tiles.type.shape[2]
-    STAGES: gl.constexpr = q_tiles.type.shape[0]
-    TILE: gl.constexpr = 64 // GROUP
-    mma_s: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
-    mma_o: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, DIM, 16])
-    weight_layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=mma_o, k_width=2)
-    column_layout: gl.constexpr = gl.SliceLayout(0, mma_s)
-    acc_k = gl.zeros([64, DIM], gl.float32, layout=mma_o)
-    acc_v = gl.zeros([64, DIM], gl.float32, layout=mma_o)
-    zeros = gl.zeros([64, 64], gl.float32, layout=mma_s)
-    key_s = first_key + gl.arange(0, 64, layout=gl.SliceLayout(1, mma_s))
-    column = gl.arange(0, 64, layout=column_layout) // GROUP
-    for i in range(gl.cdiv(size, TILE)):
-        slot = i % STAGES
-        q_now, do_now, stats_now = q_tiles.index(slot), do_tiles.index(slot), stat_tiles.index(slot)
-        lowest = gl.load(queries + i * TILE)
-        mbarrier.wait(ready.index(slot), i // STAGES & 1)
-        s = warpgroup_mma(key_tile, q_now.permute((1, 0)), zeros, use_acc=False, is_async=True)
-        dp = warpgroup_mma(value_tile, do_now.permute((1, 0)), zeros, use_acc=False, is_async=True)
-        shift = stats_now.slice(0, 64).load(column_layout)
-        s = warpgroup_mma_wait(1, deps=[s])
-        p = gl.exp2(s * scale_log2 + shift[None, :])
-        if lowest + offset < first_key + 63:
-            entry = gl.minimum(i * TILE + column, size - 1)
-            p = gl.where(key_s[:, None] <= (gl.load(queries + entry) + offset)[None, :], p, 0.0)
-        weights = gl.convert_layout(p.to(DTYPE), weight_layout)
-        adding_v = warpgroup_mma(weights, do_now, acc_v, is_async=True)
-        delta = stats_now.slice(64, 64).load(column_layout)
-        dp = warpgroup_mma_wait(1, deps=[dp])
-        d_weights = gl.convert_layout((p * (dp + delta[None, :])).to(DTYPE), weight_layout)
-        adding_k = warpgroup_mma(d_weights, q_now, acc_k, is_async=True)
-        acc_v, acc_k = warpgroup_mma_wait(0, deps=[adding_v, adding_k])
-        mbarrier.arrive(empty.index(slot), count=1)
-    return acc_k, acc_v
+    q_tiles, do_tiles, stat_tiles = tiles
+    q_pieces, do_pieces = pieces
+    line: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    d_out_row, d_out_head, q_row, q_head, _k_row, _k_head, _v_row, _v_head = strides
+    row, at = tile_stats_at(queries, start, size, num_heads, head, num_stats, line, GROUP)
+    if BULK:
+        fetch_rows(descs, q_pieces, do_pieces, ready.index(slot), slot, queries, start, size, head, GROUP)
+    else:
+        copy_rows(q, q_tiles.index(slot), row, q_row, q_head, head, WIDE, GROUP)
+        copy_rows(d_out, do_tiles.index(slot), row, d_out_row, d_out_head, head, WIDE, GROUP)
+    async_copy.async_copy_global_to_shared(stat_tiles.index(slot).slice(0, 64), stats + at)
+    async_copy.async_copy_global_to_shared(stat_tiles.index(slot).slice(64, 64), stats + num_stats + at)
+    async_copy.commit_group()
 
 
 @gluon.jit
@@ -177,15 +116,18 @@ def store_sum(acc, segment, sums, target, sum_row, target_row, exists, LAYOUT: g
 def dkdv_kernel(
     q_desc, do_desc, d_out, q, k, v, stats, dk, dv, segment_dk, segment_dv, queries, counts, blocks, firsts, sizes, segments,
     block_sequence, block_ends, query_ends, key_ends, strides, num_stats, num_segments, scale, scale_log2,
-    GROUP: gl.constexpr, DIM: gl.constexpr, BULK: gl.constexpr, WARPS: gl.constexpr, WORKER_REGISTERS: gl.constexpr, STAGES: gl.constexpr,
+    GROUP: gl.constexpr, DIM: gl.constexpr, BULK: gl.constexpr,
 ):  # fmt: skip
     """As selected_keys.dkdv_kernel; stats from row_stats_kernel stands for lse, delta and gate."""
     DTYPE: gl.constexpr = q.dtype.element_ty
+    mma_s: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
     mma_o: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, DIM, 16])
+    weight_layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=mma_o, k_width=2)
     wide: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // DIM, DIM // 8], [4, 1], [1, 0])
+    column_s: gl.constexpr = gl.SliceLayout(0, mma_s)
     shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, DIM], DTYPE)
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    d_out_row, d_out_head, q_row, q_head, k_row, k_head, v_row, v_head = strides
+    _d_out_row, _d_out_head, _q_row, _q_head, k_row, k_head, v_row, v_head = strides
     kv_head, num_kv_heads = gl.program_id(1), gl.num_programs(1)
     if gl.program_id(0) >= gl.load(counts + kv_head):
         return
@@ -197,33 +139,82 @@ def dkdv_kernel(
     offset = key_end - key_start - gl.load(query_ends + sequence + 1)
     first_key = (block - gl.load(block_ends + sequence)) * 64
     num_there = gl.minimum(key_end - key_start - first_key, 64)
+    num_heads, head = num_kv_heads * GROUP, kv_head * GROUP
 
     key_tile = gl.allocate_shared_memory(DTYPE, [64, DIM], shared)
     value_tile = gl.allocate_shared_memory(DTYPE, [64, DIM], shared)
-    q_tiles = gl.allocate_shared_memory(DTYPE, [STAGES, 64, DIM], shared)
-    do_tiles = gl.allocate_shared_memory(DTYPE, [STAGES, 64, DIM], shared)
-    stat_tiles = gl.allocate_shared_memory(gl.float32, [STAGES, 128], plain)
-    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
-        mbarrier.init(ready.index(i), count=2 if BULK else 1)
-        mbarrier.init(empty.index(i), count=1)
+    q_tiles = gl.allocate_shared_memory(DTYPE, [2, 64, DIM], shared)
+    do_tiles = gl.allocate_shared_memory(DTYPE, [2, 64, DIM], shared)
+    stat_tiles = gl.allocate_shared_memory(gl.float32, [2, 128], plain)
+    ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    if BULK:
+        mbarrier.init(ready.index(0), count=1)
+        mbarrier.init(ready.index(1), count=1)
+        fence_async_shared()
+        gl.thread_barrier()
+
+    TILE: gl.constexpr = 64 // GROUP
+    descs, sources, tiles, pieces = (q_desc, do_desc), (q, d_out, stats), (q_tiles, do_tiles, stat_tiles), (q_tiles, do_tiles)
+    if BULK:
+        piece: gl.constexpr = gl.NVMMASharedLayout.get_default_for([GROUP, 64], DTYPE)
+        pieces = (
+            q_tiles._reinterpret(DTYPE, [2 * DIM // 64 * TILE, GROUP, 64], piece),
+            do_tiles._reinterpret(DTYPE, [2 * DIM // 64 * TILE, GROUP, 64], piece),
+        )
+    count = gl.cdiv(size, TILE)
+    if count > 0:
+        start_tile(
+            descs, sources, tiles, pieces, ready, 0, queries, 0, size, head, strides, num_heads, num_stats, wide, GROUP, BULK
+        )  # fmt: skip
     inner = gl.arange(0, 64, layout=gl.SliceLayout(1, wide))
     dims = gl.arange(0, DIM, layout=gl.SliceLayout(0, wide))[None, :]
     row = (key_start + first_key + inner).to(gl.int64)[:, None]
     key_tile.store(gl.load(k + row * k_row + kv_head * k_head + dims, mask=(inner < num_there)[:, None], other=0.0))
     value_tile.store(gl.load(v + row * v_row + kv_head * v_head + dims, mask=(inner < num_there)[:, None], other=0.0))
-    fence_async_shared()
-    gl.thread_barrier()
-    common = (
-        (q_desc, do_desc), (q, d_out, stats), (q_tiles, do_tiles), stat_tiles, (ready, empty), (queries, size, offset, kv_head * GROUP),
-        (d_out_row, d_out_head, q_row, q_head), num_kv_heads * GROUP, num_stats, (scale, scale_log2),
-    )  # fmt: skip
-    acc_k, acc_v = gl.warp_specialize(
-        [(multiply_tiles, (common, (key_tile, value_tile, first_key), GROUP)), (bring_tiles, (common, GROUP, BULK, WARPS))],
-        [WARPS],
-        [WORKER_REGISTERS],
-    )
+
+    acc_k = gl.zeros([64, DIM], gl.float32, layout=mma_o)
+    acc_v = gl.zeros([64, DIM], gl.float32, layout=mma_o)
+    zeros = gl.zeros([64, 64], gl.float32, layout=mma_s)
+    key_s = first_key + gl.arange(0, 64, layout=gl.SliceLayout(1, mma_s))
+    column = gl.arange(0, 64, layout=column_s) // GROUP
+    for i in range(count):
+        now = i % 2
+        q_now, do_now, stats_now = q_tiles.index(now), do_tiles.index(now), stat_tiles.index(now)
+        lowest = gl.load(queries + i * TILE)
+        gl.thread_barrier()  # everybody has read what the next copies overwrite
+        if BULK:
+            if i + 1 < count:
+                start_tile(
+                    descs, sources, tiles, pieces, ready, 1 - now, queries, (i + 1) * TILE, size, head, strides, num_heads, num_stats, wide,
+                    GROUP, BULK,
+                )  # fmt: skip
+            else:
+                async_copy.commit_group()
+            mbarrier.wait(ready.index(now), i // 2 & 1)
+        else:  # after the last tile its last query again
+            start_tile(
+                descs, sources, tiles, pieces, ready, 1 - now, queries, (i + 1) * TILE, size, head, strides, num_heads, num_stats, wide, GROUP, BULK
+            )  # fmt: skip
+        async_copy.wait_group(1)
+        fence_async_shared()
+        gl.thread_barrier()
+        s = warpgroup_mma(key_tile, q_now.permute((1, 0)), zeros, use_acc=False, is_async=True)
+        dp = warpgroup_mma(value_tile, do_now.permute((1, 0)), zeros, use_acc=False, is_async=True)
+        shift = stats_now.slice(0, 64).load(column_s)
+        s = warpgroup_mma_wait(1, deps=[s])
+        p = gl.exp2(s * scale_log2 + shift[None, :])
+        if lowest + offset < first_key + 63:
+            entry = gl.minimum(i * TILE + column, size - 1)
+            p = gl.where(key_s[:, None] <= (gl.load(queries + entry) + offset)[None, :], p, 0.0)
+        weights = gl.convert_layout(p.to(DTYPE), weight_layout)
+        adding_v = warpgroup_mma(weights, do_now, acc_v, is_async=True)
+        delta = stats_now.slice(64, 64).load(column_s)
+        dp = warpgroup_mma_wait(1, deps=[dp])
+        d_weights = gl.convert_layout((p * (dp + delta[None, :])).to(DTYPE), weight_layout)
+        adding_k = warpgroup_mma(d_weights, q_now, acc_k, is_async=True)
+        acc_v, acc_k = warpgroup_mma_wait(0, deps=[adding_v, adding_k])
+    async_copy.wait_group(0)
+
     segment = gl.load(segments + item)
     inner = gl.arange(0, 64, layout=gl.SliceLayout(1, mma_o))
     target_row = (key_start + first_key + inner).to(gl.int64) * num_kv_heads + kv_head
@@ -268,6 +259,5 @@ def dkdv(
     strides = (*d_out.stride()[:2], *q.stride()[:2], *k.stride()[:2], *v.stride()[:2])
     launch(
         dkdv_kernel, grid, *descs, d_out, q, k, v, stats, *tables, strides, stats.shape[1], num_segments, scale, scale * LOG2_E,
-        GROUP=group, DIM=q.shape[2], BULK=bulk, WARPS=1 if bulk else 4, WORKER_REGISTERS=WORKER_REGISTERS, STAGES=2, num_warps=4,
-        maxnreg=MAX_REGISTERS,
+        GROUP=group, DIM=q.shape[2], BULK=bulk, num_warps=4,
     )  # fmt: skip
