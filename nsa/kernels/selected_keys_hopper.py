@@ -1,7 +1,7 @@
 """dk and dv of attention over chosen blocks on Hopper, in Gluon (selected_keys.py says what they are and cuts the lists).
 
 One warp group walks a part of a block's list of queries, 64 rows at a time: the next tile's rows are copied while this one is
-multiplied, the rows' statistics come along, and the products into dV and dK run while the registers are at
+multiplied, scores and dP begin with the rows' statistics, and the products into dV and dK run while the registers are at
 work. A query's heads lie side by side, so in groups of at least 8 the copy engine fetches them in one piece.
 Written for Triton 3.6's Gluon.
 """
@@ -26,10 +26,10 @@ MIN_BULK_GROUP = 8
 
 
 @triton.jit(do_not_specialize=["num_stats"])
-def row_stats_kernel(lse, delta, gate, stats, delta_row, delta_head, gate_row, gate_head, num_heads, num_stats, ROWS: tl.constexpr):
-    """stats `[2, T·Hq + 1]`, what is added to scale_log2 · q·k and to <d_out, v>: log2(gate) − lse · log2(e) and −delta / gate, so
-    that gate · p is exp2 of the first sum and dS that times the second; minus infinity and 0 where nothing counts (no gate,
-    nothing seen) and in the last place."""
+def row_stats_kernel(lse, delta, gate, stats, delta_row, delta_head, gate_row, gate_head, num_heads, num_stats, scale_log2, ROWS: tl.constexpr):
+    """stats `[2, T·Hq + 1]`, what the products q·k and <d_out, v> begin with: (log2(gate) − lse · log2(e)) / scale_log2 and
+    −delta / gate, so that gate · p = exp2(scale_log2 · first) and dS is that times the second; minus infinity and 0 where
+    nothing counts (no gate, nothing seen) and in the last place."""
     item = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     there = item < num_stats - 1
     row, head = item // num_heads, item % num_heads
@@ -38,7 +38,7 @@ def row_stats_kernel(lse, delta, gate, stats, delta_row, delta_head, gate_row, g
     counts = (gates > 0) & (log > float("-inf"))
     gates = tl.where(counts, gates, 1.0)
     deltas = tl.load(delta + row * delta_row + head * delta_head, mask=counts, other=0.0)
-    tl.store(stats + item, tl.where(counts, tl.log2(gates) - log * 1.4426950408889634, float("-inf")), mask=item < num_stats)
+    tl.store(stats + item, tl.where(counts, (tl.log2(gates) - log * 1.4426950408889634) / scale_log2, float("-inf")), mask=item < num_stats)
     tl.store(stats + num_stats + item, -deltas / gates, mask=item < num_stats)
 
 
@@ -198,19 +198,19 @@ def dkdv_kernel(
         async_copy.wait_group(1)
         fence_async_shared()
         gl.thread_barrier()
-        s = warpgroup_mma(key_tile, q_now.permute((1, 0)), zeros, use_acc=False, is_async=True)
-        dp = warpgroup_mma(value_tile, do_now.permute((1, 0)), zeros, use_acc=False, is_async=True)
-        shift = stats_now.slice(0, 64).load(column_s)
+        s = zeros + stats_now.slice(0, 64).load(column_s)[None, :]
+        s = warpgroup_mma(key_tile, q_now.permute((1, 0)), s, is_async=True)
+        dp = zeros + stats_now.slice(64, 64).load(column_s)[None, :]
+        dp = warpgroup_mma(value_tile, do_now.permute((1, 0)), dp, is_async=True)
         s = warpgroup_mma_wait(1, deps=[s])
-        p = gl.exp2(s * scale_log2 + shift[None, :])
+        p = gl.exp2(s * scale_log2)
         if lowest + offset < first_key + 63:
             entry = gl.minimum(i * TILE + column, size - 1)
             p = gl.where(key_s[:, None] <= (gl.load(queries + entry) + offset)[None, :], p, 0.0)
         weights = gl.convert_layout(p.to(DTYPE), weight_layout)
         adding_v = warpgroup_mma(weights, do_now, acc_v, is_async=True)
-        delta = stats_now.slice(64, 64).load(column_s)
         dp = warpgroup_mma_wait(1, deps=[dp])
-        d_weights = gl.convert_layout((p * (dp + delta[None, :])).to(DTYPE), weight_layout)
+        d_weights = gl.convert_layout((p * dp).to(DTYPE), weight_layout)
         adding_k = warpgroup_mma(d_weights, q_now, acc_k, is_async=True)
         acc_v, acc_k = warpgroup_mma_wait(0, deps=[adding_v, adding_k])
     async_copy.wait_group(0)
@@ -236,13 +236,13 @@ def query_descriptor(x: torch.Tensor, group: int) -> TensorDescriptor:
     return TensorDescriptor(x, list(x.shape), list(x.stride()), box, shared_layout(box, x.dtype))
 
 
-def row_stats(lse: torch.Tensor, delta: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+def row_stats(lse: torch.Tensor, delta: torch.Tensor, gate: torch.Tensor, scale: float) -> torch.Tensor:
     """fp32 `[2, T·Hq + 1]`, what the kernel asks of each query row and head, from lse, delta and gate `[T, Hq]`."""
     num_stats = lse.numel() + 1
     stats = torch.empty(2, num_stats, dtype=torch.float32, device=lse.device)
     launch(
         row_stats_kernel, (ceil_div(num_stats, 1024),), lse, delta, gate, stats, *delta.stride(), *gate.stride(), lse.shape[1], num_stats,
-        ROWS=1024,
+        scale * LOG2_E, ROWS=1024,
     )  # fmt: skip
     return stats
 
@@ -253,7 +253,7 @@ def dkdv(
 ) -> None:  # fmt: skip
     """Launches the kernel: `tables` are its tensors from dk to key_ends; lse, delta and gate are `[T, Hq]`."""
     group = q.shape[1] // k.shape[1]
-    stats = row_stats(lse, delta, gate)
+    stats = row_stats(lse, delta, gate, scale)
     bulk = group >= MIN_BULK_GROUP and group & (group - 1) == 0 and copied_in_bulk(q) and copied_in_bulk(d_out)
     descs = (query_descriptor(q, group), query_descriptor(d_out, group)) if bulk else (q, d_out)
     strides = (*d_out.stride()[:2], *q.stride()[:2], *k.stride()[:2], *v.stride()[:2])
