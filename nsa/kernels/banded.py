@@ -2,10 +2,10 @@
 
 Key i of a band ends at token i·stride + offset of its sequence and is visible from there on, for `window` tokens (0: for
 ever): compressed token i has stride d and offset l − 1, a raw key stride 1, offset 0 and window w. One set of kernels in
-the manner of FlashAttention serves both: for Hopper GPUs in Gluon (banded_hopper.py, banded_hopper_backward.py: head dims
-64 and 128, half precision), for everything else in Triton (banded_kernels.py). A tile's rows are queries × the heads of one
-KV head (row r is query r // G, head r % G), so K and V are read once for a whole group; only tiles on the border of the
-range are masked.
+the manner of FlashAttention serves both: for Hopper GPUs in Gluon (banded_hopper.py, banded_hopper_dq.py,
+banded_hopper_dkdv.py: head dims 64 and 128, half precision; dq of both bands in one kernel), for everything else in
+Triton (banded_kernels.py). A tile's rows are queries × the heads of one KV head (row r is query r // G, head r % G), so K and V
+are read once for a whole group; only tiles on the border of the range are masked.
 
 Backward: dq by query tiles; dk and dv by key tiles that stay in place while the queries that see them pass by. A long
 sequence's queries are cut into chunks (their number depends on its length alone) whose partial sums are added in order.
@@ -21,13 +21,15 @@ import logging
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
+from weakref import WeakKeyDictionary
 
 import torch
 import triton
 
+from nsa.blocks import num_compressed
 from nsa.config import SparsityConfig
 from nsa.kernels.banded_kernels import MAX_CHUNKS, add_chunks_kernel, dkdv_kernel, dq_kernel, forward_kernel
-from nsa.kernels.launch import LOG2_E, dot_precision, launch, padded
+from nsa.kernels.launch import LOG2_E, ceil_div, dot_precision, launch, padded
 from nsa.kernels.tiles import KernelPlan
 
 Kernel = Literal["forward", "dq", "dkdv"]
@@ -37,8 +39,10 @@ log = logging.getLogger(__name__)
 
 ON_HOPPER = frozenset(itertools.product(("forward", "dq", "dkdv"), ("compression", "window")))
 """Kernels and bands for which a Hopper GPU takes its own kernels."""
-MIN_CHUNK = 1024
-"""Queries of a sequence that are never split."""
+MIN_CHUNK = 640
+"""Queries of a sequence that are never split: 8,192 tokens are 13 chunks then, whose programs fill an H100 once and leave few idle."""
+unit_tables: WeakKeyDictionary[KernelPlan, dict[tuple[Kind, int, int], torch.Tensor]] = WeakKeyDictionary()
+"""`key_units` of plans in use: every layer asks for the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +73,16 @@ class Band:
     def key_tiles(self, size: int) -> torch.Tensor:
         """int32 `[tiles, 2]`: (sequence, first key) of tiles of `size` keys."""
         return self.plan.compressed_tiles(size) if self.kind == "compression" else self.plan.key_tiles(size)
+
+
+@dataclass(frozen=True, slots=True)
+class BandTensors:
+    """A band with its k `[K, Hkv, Dk]`, v `[K, Hkv, Dv]` and gate `[T, Hq]`."""
+
+    band: Band
+    k: torch.Tensor
+    v: torch.Tensor
+    gate: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,9 +207,52 @@ def banded_backward(
         dk, dv in k's dtype and shapes; zero where no query sees a key.
     """
     d_out, q, k, v = rows_contiguous(d_out), rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)
-    num_heads, group = k.shape[1], q.shape[1] // k.shape[1]
-    stats = torch.empty(num_heads, 2, -(-q.shape[0] * group // 16) * 16, dtype=torch.float32, device=q.device)
+    stats = row_statistics(q, k)
     write_dq(d_out, q, k, v, lse, delta, gate, band, stats, scale=scale, dq=dq, before=dq_before)
+    return key_gradients(d_out, q, k, v, band, stats, scale=scale)
+
+
+def both_take_hopper(kernel: Kernel, q: torch.Tensor, parts: list[BandTensors]) -> bool:
+    """Whether one Hopper kernel serves both bands: each alone would be taken, and their head dims are the same."""
+    return len({part.k.shape[2] for part in parts}) == 1 and all(takes_hopper(kernel, part.band, q, part.k, part.v) for part in parts)
+
+
+def both_dq(
+    d_out: torch.Tensor, q: torch.Tensor, compression: BandTensors, window: BandTensors, lses: tuple[torch.Tensor, torch.Tensor],
+    deltas: tuple[torch.Tensor, torch.Tensor], *, scale: float, dq: torch.Tensor,
+) -> list[torch.Tensor]:  # fmt: skip
+    """The sum of both bands' parts of dq; on Hopper GPUs in one kernel: q and dO are read once, dq does not travel between the bands.
+
+    Args:
+        d_out, q, scale: as in `banded_backward`. lses, deltas: those of the bands. dq: as there, becomes the sum.
+    Returns:
+        each band's statistics of the rows, which `key_gradients` needs.
+    """
+    d_out, q = rows_contiguous(d_out), rows_contiguous(q)
+    parts = [BandTensors(part.band, rows_contiguous(part.k), rows_contiguous(part.v), part.gate) for part in (compression, window)]
+    stats = [row_statistics(q, part.k) for part in parts]
+    rows = list(zip(parts, lses, deltas, stats, strict=True))
+    if both_take_hopper("dq", q, parts):
+        hopper_dq(d_out, q, rows, scale=scale, dq=dq, before=None)
+    else:
+        for part, lse, delta, own_stats in rows:
+            before = None if part is parts[0] else dq
+            write_dq(d_out, q, part.k, part.v, lse, delta, part.gate, part.band, own_stats, scale=scale, dq=dq, before=before)
+    return stats
+
+
+def row_statistics(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """Room for the rows' statistics: fp32 `[Hkv, 2, T · G or more]`, see `dq_kernel`."""
+    num_heads, group = k.shape[1], q.shape[1] // k.shape[1]
+    return torch.empty(num_heads, 2, -(-q.shape[0] * group // 16) * 16, dtype=torch.float32, device=q.device)
+
+
+def key_gradients(
+    d_out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, band: Band, stats: torch.Tensor, *, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """dk and dv of `banded_backward` from the statistics that came with dq."""
+    d_out, q, k, v = rows_contiguous(d_out), rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)
+    num_heads = k.shape[1]
     d_key, d_value = torch.empty(k.shape, dtype=k.dtype, device=k.device), torch.empty(v.shape, dtype=v.dtype, device=v.device)
     if not k.shape[0]:
         return d_key, d_value
@@ -215,17 +272,59 @@ def banded_backward(
     return d_key, d_value
 
 
+def chunk_size(num_queries: int) -> int:
+    """Queries of a chunk of a sequence (`banded_kernels.chunk_size` says the same)."""
+    size = ceil_div(ceil_div(num_queries, MAX_CHUNKS.value), 64) * 64
+    return max(size + 64 if size % 1024 == 0 and size < 4096 else size, MIN_CHUNK)
+
+
+def key_units(band: Band, size: int, split: int) -> torch.Tensor:
+    """Work on dk and dv: int32 `[units, 3]` of (sequence, first key of a tile of `size`, chunk of its queries), the longest first.
+
+    Where queries are split, only chunks that see the tile; otherwise each tile once, whether any query sees it or not."""
+    tables, key = unit_tables.setdefault(band.plan, {}), (band.kind, size, split)
+    if key not in tables:
+        step, offset, window = band.geometry.values()
+        units = []
+        lengths = zip(band.plan.host_query_ends.diff().tolist(), band.plan.host_key_ends.diff().tolist(), strict=True)
+        for sequence, (num_queries, num_tokens) in enumerate(lengths):
+            num_keys = num_compressed(num_tokens, band.config) if band.kind == "compression" else num_tokens
+            chunk = chunk_size(num_queries) if split else max(num_queries, 1)
+            for number in range(ceil_div(num_queries, chunk) if split else 1):
+                for start in range(0, num_keys, size):
+                    first = max(start * step + offset - (num_tokens - num_queries), number * chunk)
+                    end = min(num_queries, (number + 1) * chunk)
+                    if window:
+                        end = min(end, min(start + size, num_keys) - 1 + window - (num_tokens - num_queries))
+                    if first < end or not split:
+                        units.append((first - end, sequence, start, number))
+        units.sort(key=lambda unit: unit[0])
+        tables[key] = torch.tensor([unit[1:] for unit in units], dtype=torch.int32).view(-1, 3).to(band.plan.device, non_blocking=True)
+    return tables[key]
+
+
+def hopper_dq(
+    d_out: torch.Tensor, q: torch.Tensor, rows: list[tuple[BandTensors, torch.Tensor, torch.Tensor, torch.Tensor]],
+    *, scale: float, dq: torch.Tensor, before: torch.Tensor | None,
+) -> None:  # fmt: skip
+    """`write_dq` of one band, or of the sum of the compression band and the window; rows: each one's tensors, lse, delta and stats."""
+    from nsa.kernels import banded_hopper, banded_hopper_dq
+
+    first = rows[0][0]
+    bands = [(part.k, part.v, part.band.key_ends, part.gate, lse, delta, stats) for part, lse, delta, stats in rows]
+    tables = (first.band.plan.query_tiles(banded_hopper.ROWS // (q.shape[1] // first.k.shape[1])), *first.band.ends[:2])
+    second = rows[1][0].band.config.window_size if len(rows) > 1 else 0
+    banded_hopper_dq.dq(d_out, q, bands, dq, before, tables, first.band.geometry, second, scale=scale)
+
+
 def write_dq(
     d_out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lse: torch.Tensor, delta: torch.Tensor, gate: torch.Tensor, band: Band,
     stats: torch.Tensor, *, scale: float, dq: torch.Tensor, before: torch.Tensor | None,
 ) -> None:  # fmt: skip
-    """dq of `banded_backward`, and the rows' statistics for dk and dv: fp32 `[Hkv, 2, T · G or more]`, see `dq_kernel`."""
-    num_heads, group = k.shape[1], q.shape[1] // k.shape[1]
+    """dq of `banded_backward`, and the rows' statistics for dk and dv."""
+    num_heads = k.shape[1]
     if takes_hopper("dq", band, q, k, v):
-        from nsa.kernels import banded_hopper, banded_hopper_backward
-
-        tables = (band.plan.query_tiles(banded_hopper.ROWS // group), *band.ends)
-        banded_hopper_backward.dq(d_out, q, k, v, lse, delta, gate, dq, before, stats, tables, band.geometry, scale=scale)
+        hopper_dq(d_out, q, [(BandTensors(band, k, v, gate), lse, delta, stats)], scale=scale, dq=dq, before=before)
         return
     options, constants = tile_settings("dq", q, k, v, band)
     tiles = band.plan.query_tiles(int(constants["QUERIES"]))
@@ -248,12 +347,12 @@ def write_parts(
     num_heads, num_chunks = k.shape[1], parts[0].shape[0]
     split = MIN_CHUNK if num_chunks > 1 else 0
     if takes_hopper("dkdv", band, q, k, v):
-        from nsa.kernels import banded_hopper_backward
+        from nsa.kernels import banded_hopper_dkdv
 
-        if banded_hopper_backward.takes_rows(q, d_out, q.shape[1] // num_heads):
-            size = banded_hopper_backward.KEYS
-            tables = (band.key_tiles(size), *band.ends)
-            banded_hopper_backward.dkdv(d_out, q, k, v, stats, parts, tables, band.geometry, scale=scale, split=split)
+        if banded_hopper_dkdv.takes_rows(q, d_out, q.shape[1] // num_heads):
+            size = banded_hopper_dkdv.KEYS
+            tables = (key_units(band, size, split), *band.ends)
+            banded_hopper_dkdv.dkdv(d_out, q, k, v, stats, parts, tables, band.geometry, scale=scale, split=split)
             return size
     options, constants = tile_settings("dkdv", q, k, v, band)
     size = int(constants["KEYS"])

@@ -8,7 +8,7 @@ of V (K, q and dO, where they are factors of a gradient) are cleared in shared m
 
 Every program works on a fixed list of tiles; while it writes the results of one, queries and first keys of the next are on
 their way. A tile's result depends on its own sequence alone. Written for Triton 3.6's Gluon.
-Leaves out the backward pass (banded_hopper_backward.py).
+Leaves out the backward pass (banded_hopper_dq.py, banded_hopper_dkdv.py).
 """
 
 from functools import lru_cache

@@ -20,7 +20,7 @@ from torch import Tensor
 from nsa.attention import RECOMPUTE, BranchKV, Phi, replayed
 from nsa.blocks import selection_dtype
 from nsa.config import SparsityConfig
-from nsa.kernels.banded import Band, banded_backward, banded_forward
+from nsa.kernels.banded import Band, BandTensors, banded_forward, both_dq, key_gradients
 from nsa.kernels.compress import compress
 from nsa.kernels.gating import gate_backward
 from nsa.kernels.launch import rehearse_once
@@ -124,12 +124,15 @@ def attention_backward(
     d_gates, delta = gate_backward(d_out, gates, (out_cmp, out_slc, out_win))
     gate, deltas = gates.unbind(-1), delta.unbind(-1)
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    dkc, dvc = banded_backward(d_out, q, kc, vc, lse_cmp, deltas[0], gate[0], Band("compression", plan, config), scale=scale, dq=dq)
+    compression = BandTensors(Band("compression", plan, config), kc, vc, gate[0])
+    window = BandTensors(Band("window", plan, config), k_win, v_win, gate[2])
+    stats_cmp, stats_win = both_dq(d_out, q, compression, window, (lse_cmp, lse_win), (deltas[0], deltas[2]), scale=scale, dq=dq)
+    dkc, dvc = key_gradients(d_out, q, kc, vc, compression.band, stats_cmp, scale=scale)
+    del stats_cmp
     dk_slc, dv_slc = selected_backward(
         d_out, q, k_slc, v_slc, chosen, lse_slc, deltas[1], gate[1], plan, config, scale=scale, dq=dq, dq_before=dq, deterministic=deterministic
     )  # fmt: skip
-    window = Band("window", plan, config)
-    dk_win, dv_win = banded_backward(d_out, q, k_win, v_win, lse_win, deltas[2], gate[2], window, scale=scale, dq=dq, dq_before=dq)
+    dk_win, dv_win = key_gradients(d_out, q, k_win, v_win, window.band, stats_win, scale=scale)
     return [dq, dkc, dvc, dk_slc, dv_slc, dk_win, dv_win, d_gates]
 
 

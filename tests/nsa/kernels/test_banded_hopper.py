@@ -19,7 +19,7 @@ import torch
 
 from nsa.config import SparsityConfig
 from nsa.kernels import banded
-from nsa.kernels.banded import Band, banded_backward, banded_forward
+from nsa.kernels.banded import Band, BandTensors, banded_backward, banded_forward, both_dq, key_gradients
 from nsa.kernels.tiles import KernelPlan
 from nsa.testing import relative_rms
 
@@ -132,11 +132,12 @@ class Machine:
         anything = lambda *_, **__: None  # noqa: E731
         number = lambda x: x if isinstance(x, torch.Tensor) else torch.tensor(x)  # noqa: E731
         gl = types.SimpleNamespace(
-            float32=torch.float32, int64=torch.int64, static_range=range, cdiv=lambda a, b: (a + b - 1) // b,
+            float32=torch.float32, int32=torch.int32, int64=torch.int64, static_range=range, cdiv=lambda a, b: (a + b - 1) // b,
             program_id=lambda axis: torch.tensor(self.program[axis]), num_programs=lambda axis: self.grid[axis],
             minimum=lambda a, b: torch.minimum(number(a), number(b)), maximum=lambda a, b: torch.maximum(number(a), number(b)),
-            where=torch.where, exp2=torch.exp2, log2=torch.log2, zeros_like=torch.zeros_like,
-            max=lambda x, axis: x.amax(axis), sum=lambda x, axis: x.sum(axis), convert_layout=lambda x, _: x,
+            where=lambda condition, a, b: torch.where(number(condition), a, b), exp2=torch.exp2, log2=torch.log2, zeros_like=torch.zeros_like,
+            max=lambda x, axis: x.amax(axis), gather=lambda x, index, axis: x.gather(axis, index.long()),
+            sum=lambda x, axis: x.sum(axis), convert_layout=lambda x, _: x,
             zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype), arange=lambda a, b, layout: torch.arange(a, b),
             full=lambda shape, value, dtype, layout: torch.full(shape, value, dtype=dtype), thread_barrier=anything,
             load=self.load, store=self.store, allocate_shared_memory=self.allocate, warp_specialize=self.warp_specialize,
@@ -263,15 +264,15 @@ def hopper(monkeypatch):
             pytest.skip("no Hopper GPU with Triton 3.6")
         yield
         return
-    forward, backward = pytest.importorskip("nsa.kernels.banded_hopper"), pytest.importorskip("nsa.kernels.banded_hopper_backward")
-    kernels = {name: value for module in (forward, backward) for name, value in vars(module).items() if type(value).__name__ == "GluonJITFunction"}
+    names = ("banded_hopper", "banded_hopper_dq", "banded_hopper_dkdv")
+    modules = {name: pytest.importorskip(f"nsa.kernels.{name}") for name in names}
+    kernels = {name: value for module in modules.values() for name, value in vars(module).items() if type(value).__name__ == "GluonJITFunction"}
     sources = {name: kernel.fn for name, kernel in kernels.items()}
     with monkeypatch.context() as patch:
         patch.setattr(banded, "runs_hopper_kernels", lambda device: True)
-        for module, names in ((forward, ["forward_kernel"]), (backward, ["dq_kernel", "dkdv_kernel"])):
-            patch.setattr(module, "num_processors", lambda device: 2)
-            for name in names:
-                patch.setattr(module, name, StandIn(name, sources))
+        for module, name in zip(modules.values(), ("forward_kernel", "dq_kernel", "dkdv_kernel"), strict=True):
+            patch.setattr(module, "num_processors", lambda device: 2, raising=False)
+            patch.setattr(module, name, StandIn(name, sources))
         yield
 
 
@@ -305,6 +306,11 @@ def compare_both_ways(monkeypatch, kind, config, query_lengths, key_lengths, hea
         dk, dv = banded_backward(d_out, q, k, v, lse, delta, gates[..., 1], band, scale=0.2, dq=dq, dq_before=before)
         return [x[places[id(q)]] for x in (out, branch, lse, dq)] + [x[places[id(k)]] for x in (dk, dv)]
 
+    agree(monkeypatch, results, dtype)
+
+
+def agree(monkeypatch, results, dtype):
+    """`results()` is the same on the Triton and on the Hopper kernels."""
     with monkeypatch.context() as patch:
         patch.setattr(banded, "runs_hopper_kernels", lambda device: False)
         plain = results()
@@ -313,6 +319,59 @@ def compare_both_ways(monkeypatch, kind, config, query_lengths, key_lengths, hea
     for want, got in zip(plain, special, strict=True):
         assert torch.equal(want.isinf(), got.isinf()) and not got.isnan().any()
         assert relative_rms(got.nan_to_num(neginf=0.0), want.nan_to_num(neginf=0.0).double()) <= (2e-3 if dtype == torch.float16 else 1e-2)
+
+
+def compare_both_bands(monkeypatch, config, query_lengths, key_lengths, heads, group, dim, dtype=torch.float16):
+    """One Hopper kernel for dq of both bands gives what the Triton kernels of each give one after the other."""
+    ends = [torch.tensor([0, *lengths]).cumsum(0) for lengths in (query_lengths, key_lengths)]
+    plan = KernelPlan(ends[0], ends[1], config=config, device=torch.device(DEVICE))
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator).to(dtype).to(DEVICE)
+
+    rows = sum(query_lengths)
+    q, d_out, gates = normal(rows, heads * group, dim), normal(rows, heads * group, dim), normal(rows, heads * group, 3).sigmoid()
+    gates[::5] = 0.0
+    parts = [
+        BandTensors(Band(kind, plan, config), normal(count, heads, dim), normal(count, heads, dim), gates[..., place])
+        for kind, count, place in (("compression", plan.num_compressed, 0), ("window", plan.num_keys, 2))
+    ]
+    calls, dq_of = [], banded.hopper_dq
+    monkeypatch.setattr(banded, "hopper_dq", lambda d_out, q, rows, **rest: calls.append(len(rows)) or dq_of(d_out, q, rows, **rest))
+
+    def results():
+        lses, deltas = [], []
+        for part in parts:
+            out = torch.empty_like(q)
+            branch, lse = banded_forward(q, part.k, part.v, part.band, scale=0.2, gate=part.gate, out=out, accumulate=False, keep=True)
+            assert branch is not None
+            lses.append(lse)
+            deltas.append(part.gate.float() * (d_out.float() * branch.float()).sum(-1))
+        dq = torch.full_like(q, torch.nan)
+        stats = both_dq(d_out, q, *parts, tuple(lses), tuple(deltas), scale=0.2, dq=dq)
+        gradients = [key_gradients(d_out, q, part.k, part.v, part.band, own, scale=0.2) for part, own in zip(parts, stats, strict=True)]
+        return [dq, *gradients[0], *gradients[1]]
+
+    agree(monkeypatch, results, dtype)
+    assert calls == [2]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "heads", "group", "dim"), [([70, 7, 1, 66], 2, 1, 64), ([50, 1, 20], 1, 3, 64), ([13, 7, 5], 1, 16, 64), ([140, 5, 9], 1, 2, 128)]
+)
+def test_dq_of_both_bands_in_one_kernel(monkeypatch, lengths, heads, group, dim):
+    compare_both_bands(monkeypatch, NARROW, lengths, lengths, heads, group, dim)
+
+
+def test_dq_of_both_bands_for_the_last_queries_of_longer_keys(monkeypatch):
+    compare_both_bands(monkeypatch, NARROW, [90, 3, 2], [140, 9, 66], 1, 1, 64)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("group", "dim"), [(1, 128), (3, 128), (16, 128), (4, 64)])
+def test_dq_of_both_bands_in_one_kernel_on_the_gpu(monkeypatch, group, dim):
+    compare_both_bands(monkeypatch, CONFIG, [2000, 77, 1, 300], [2100, 80, 1, 1333], 2, group, dim, dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize("kind", ["compression", "window"])

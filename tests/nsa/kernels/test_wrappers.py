@@ -132,7 +132,8 @@ def test_other_lengths_compile_nothing_new() -> None:
     names = (
         "banded_kernels",
         "banded_hopper",
-        "banded_hopper_backward",
+        "banded_hopper_dq",
+        "banded_hopper_dkdv",
         "compress",
         "gathered",
         "gating",
