@@ -421,10 +421,10 @@ def hopper(monkeypatch, early=False, processors=2):
         yield
 
 
-def on_triton(monkeypatch, call):
+def on_triton(monkeypatch, call, **options):
     with monkeypatch.context() as patch:
         patch.setattr(decode, "takes_hopper", lambda *_: False)
-        return call.run()
+        return call.run(**options)
 
 
 def wide_call(lengths, group_size=4, kv="separate", num_new=1, num_kv_heads=1, key_dim=64, value_dim=64, **settings):
@@ -527,3 +527,17 @@ def test_sequences_that_share_a_prompt(monkeypatch):
             for row in range(7):
                 alone, same = shared.part([row]).run()
                 assert torch.equal(alone[0], out[row]) and torch.equal(same[0], chosen[row])
+
+
+def test_hopper_kernels_replay_a_selection(monkeypatch):
+    call = wide_call([900, 70, 300])
+    call = replace(call, seq_lens=call.seq_lens * torch.tensor([1, 0, 1], device=DEVICE))
+    given = torch.full((3, 1, 1, 3), -2, device=DEVICE)
+    given[0] = torch.tensor([2, 5, -1], device=DEVICE)
+    expected, blocks = on_triton(monkeypatch, call, selection=given)
+    for least in (1, 10**9):
+        monkeypatch.setattr(decode, "MIN_CHOSEN", least)
+        with hopper(monkeypatch):
+            out, chosen = call.run(selection=given)
+        assert torch.equal(chosen, blocks)
+        assert relative_rms(out, expected) <= 2e-3
