@@ -128,6 +128,15 @@ def compression_program(
 
 
 @triton.jit
+def leaf_counts(position, SIZE: tl.constexpr, TILE: tl.constexpr, NUM: tl.constexpr, WINDOW: tl.constexpr, GIVEN: tl.constexpr):
+    """Leaves of a query's chosen blocks (of a replayed list: all that it has room for) and of its window's blocks."""
+    PER_BLOCK: tl.constexpr = (SIZE + TILE - 1) // TILE
+    last = position // SIZE
+    chosen = NUM if GIVEN else tl.minimum(last + 1, NUM)
+    return chosen * PER_BLOCK, (last - tl.maximum(position - (WINDOW - 1), 0) // SIZE + 1) * PER_BLOCK
+
+
+@triton.jit
 def attend_blocks(
     q, raw, table, leaf_top, leaf_sum, part_top, part_out, scale, q_head, raw_page, raw_kind, raw_slot, entry, head, part, position, lowest,
     blocks, num_blocks,
@@ -176,48 +185,37 @@ def attend_blocks(
     tl.store(part_out + (place * DV)[:, None] + dv[None, :], out, mask=real[:, None] & (dv < DV)[None, :])
 
 
-@triton.jit(do_not_specialize=["num_leaves", "num_parts", "num_blocks"])
-def first_kernel(
-    q, cmp, raw, block_table, seq_lens, cmp_leaf_top, cmp_leaf_sum, leaf_edge, cmp_part_top, cmp_part_out, scores,
-    raw_leaf_top, raw_leaf_sum, raw_part_top, raw_part_out, scale,
-    q_batch, q_row, q_head, cmp_page, cmp_slot, cmp_head, raw_page, raw_kind, raw_slot, raw_head, table_batch, num_leaves, num_parts, num_blocks,
-    num_new,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP2: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, DK2: tl.constexpr,
-    DV2: tl.constexpr, STRIDE: tl.constexpr, FIRST: tl.constexpr, PER_BLOCK: tl.constexpr, PER_BLOCK2: tl.constexpr, PER_PAGE: tl.constexpr,
-    LEAF: tl.constexpr, ROWS: tl.constexpr, CMP_LEAVES: tl.constexpr, SIZE: tl.constexpr, TILE: tl.constexpr, PAGE: tl.constexpr,
-    WINDOW: tl.constexpr, WINDOW_SET: tl.constexpr, CHOSEN_LEAVES: tl.constexpr, ALL_LEAVES: tl.constexpr, RAW_LEAVES: tl.constexpr,
-    SCORES: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+@triton.jit(do_not_specialize=["num_leaves", "num_parts", "num_blocks", "programs"])
+def compression_kernel(
+    q, cmp, block_table, seq_lens, leaf_top, leaf_sum, leaf_edge, part_top, part_out, scores, scale,
+    q_batch, q_row, q_head, cmp_page, cmp_slot, cmp_head, table_batch, num_leaves, num_parts, num_blocks, programs, num_new,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, DK2: tl.constexpr, DV2: tl.constexpr,
+    STRIDE: tl.constexpr, FIRST: tl.constexpr, PER_BLOCK: tl.constexpr, PER_BLOCK2: tl.constexpr, PER_PAGE: tl.constexpr,
+    LEAF: tl.constexpr, ROWS: tl.constexpr, LEAVES: tl.constexpr, LONE: tl.constexpr, SCORES: tl.constexpr, PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """What needs no choice of blocks: the compression branch, then the window.
+    """The compression branch: parts p, p + `programs`, … of LEAVES leaves for the p-th program of a sequence, KV head and tile of rows.
 
-    Writes of compressed tokens, per leaf top, sum and `edge` `[B, Hkv, rows, leaves]`, per program top `[B, Hkv, rows, parts]` and output
-    `[…, parts, Dv]`, and each block's share of the score `[B, Hkv, rows, blocks]`: what the block's own slots give, and those of the group
-    after it where that lies in the same leaf; `edge` is what a leaf's first group gives to the block before it.
-    Of the window, what `attend_blocks` says."""
+    Writes per leaf top, sum and `edge` `[B, Hkv, rows, leaves]`, per part top `[B, Hkv, rows, parts]` and output `[…, parts, Dv]`, and
+    each block's share of the score `[B, Hkv, rows, blocks]`: what the block's own slots give, and those of the group after it where
+    that lies in the same leaf; `edge` is what a leaf's first group gives to the block before it.
+
+    LONE: there is a program for each part."""
     if PDL:
         gdc_launch_dependents()
     row_tiles = (num_new * GROUP + ROWS - 1) // ROWS
-    WINDOW_PARTS: tl.constexpr = (ALL_LEAVES - CHOSEN_LEAVES) // RAW_LEAVES
     head, index = tl.program_id(0) % HEADS, tl.program_id(0) // HEADS
     batch = tl.program_id(1).to(tl.int64)
     length = tl.load(seq_lens + batch).to(tl.int32)
-    if index < row_tiles * num_parts:
+    part, end = index // row_tiles, index // row_tiles + 1
+    if not LONE:
+        end = tl.cdiv(length // STRIDE, LEAVES * (LEAF // PER_BLOCK2) * PER_BLOCK)
+    for this in range(part, end, programs):
         compression_program(
-            q + batch * q_batch, cmp + head * cmp_head, block_table + batch * table_batch, length, cmp_leaf_top, cmp_leaf_sum, leaf_edge,
-            cmp_part_top, cmp_part_out, scores, scale, q_row, q_head, cmp_page, cmp_slot, batch, head, index // row_tiles,
-            (index % row_tiles) * ROWS, num_leaves, num_parts, num_blocks, num_new, HEADS, GROUP, DK, DV, DK2, DV2, STRIDE, FIRST, PER_BLOCK,
-            PER_BLOCK2, PER_PAGE, LEAF, ROWS, CMP_LEAVES, SCORES, PRECISION,
-        )  # fmt: skip
-    elif length > 0:
-        other = index - row_tiles * num_parts
-        query = other // WINDOW_PARTS
-        position = tl.maximum(length - num_new + query, 0)
-        lowest = tl.maximum(position - (WINDOW - 1), 0)
-        attend_blocks(
-            q + batch * q_batch + query * q_row, raw + (head + WINDOW_SET * HEADS) * raw_head, block_table + batch * table_batch, raw_leaf_top,
-            raw_leaf_sum, raw_part_top, raw_part_out, scale, q_head, raw_page, raw_kind, raw_slot, (batch * num_new + query) * HEADS + head,
-            head, other % WINDOW_PARTS, position, lowest, lowest // SIZE, num_blocks, GROUP, GROUP2, DK, DV, DK2, DV2, SIZE, TILE, PAGE,
-            CHOSEN_LEAVES, ALL_LEAVES, RAW_LEAVES, False, PRECISION,
+            q + batch * q_batch, cmp + head * cmp_head, block_table + batch * table_batch, length, leaf_top, leaf_sum, leaf_edge, part_top,
+            part_out, scores, scale, q_row, q_head, cmp_page, cmp_slot, batch, head, this, (index % row_tiles) * ROWS, num_leaves, num_parts,
+            num_blocks, num_new, HEADS, GROUP, DK, DV, DK2, DV2, STRIDE, FIRST, PER_BLOCK, PER_BLOCK2, PER_PAGE, LEAF, ROWS, LEAVES, SCORES,
+            PRECISION,
         )  # fmt: skip
 
 
@@ -228,75 +226,127 @@ def add_sum(total, top, sums, tops):
     return total * power_of_two(top - both) + tl.sum(sums * power_of_two(tops - both[None, :]), 0), both
 
 
-@triton.jit(do_not_specialize=["num_leaves", "num_chunks"])
+@triton.jit
+def store_statistics(leaf_top, leaf_sum, row_stats, rows, real, num_leaves, filled_leaves):
+    """Of some rows, to `row_stats` `[…, 2]`: the top of their leaves, and 1 / their sum relative to it (0 where nothing is visible)."""
+    leaf = tl.arange(0, STATISTICS)
+    top, total = tl.full(rows.shape, NOTHING, tl.float32), tl.zeros(rows.shape, tl.float32)
+    for start in range(0, filled_leaves, STATISTICS):
+        read = (start + leaf < filled_leaves)[:, None] & real[None, :]
+        spots = (rows * num_leaves)[None, :] + (start + leaf)[:, None]
+        tops = tl.load(leaf_top + spots, mask=read, other=NOTHING)
+        sums = tl.load(leaf_sum + spots, mask=read, other=0.0)
+        both = tl.maximum(top, tl.max(tops, 0))
+        total, top = total * power_of_two(top - both) + tree_sum(sums * power_of_two(tops - both[None, :])), both
+    tl.store(row_stats + 2 * rows, top, mask=real)
+    tl.store(row_stats + 2 * rows + 1, tl.where(total > 0.0, 1.0 / tl.where(total > 0.0, total, 1.0), 0.0), mask=real)
+
+
+@triton.jit
+def load_shares(leaf_top, leaf_edge, scores, row_stats, row, leaf, group, real, num_leaves, filled_leaves, FIRST: tl.constexpr, GROUPS: tl.constexpr):
+    """What one head's part of the scores is made of; `add_shares` adds it."""
+    place = row * num_leaves + leaf
+    inside, follows = real & (leaf < filled_leaves), real & (leaf + 1 < filled_leaves)
+    share = tl.load(scores + place * GROUPS + group, mask=inside & (group >= 0), other=0.0)
+    share_top = tl.load(leaf_top + place, mask=inside, other=NOTHING)
+    edge, edge_top = share_top, share_top
+    if FIRST > 0:
+        edge = tl.load(leaf_edge + place + 1, mask=follows, other=0.0)
+        edge_top = tl.load(leaf_top + place + 1, mask=follows, other=NOTHING)
+    return (
+        share,
+        share_top,
+        edge,
+        edge_top,
+        tl.load(row_stats + 2 * row, mask=real, other=0.0),
+        tl.load(row_stats + 2 * row + 1, mask=real, other=0.0),
+    )
+
+
+@triton.jit
+def add_shares(score, share, share_top, edge, edge_top, top, inverse, group, FIRST: tl.constexpr, GROUPS: tl.constexpr):
+    share *= power_of_two(share_top - top)
+    if FIRST > 0:
+        share += tl.where(group == GROUPS - 1, edge * power_of_two(edge_top - top), 0.0)
+    return score + share * inverse
+
+
+@triton.jit
+def leaf_scores(
+    leaf_top, leaf_edge, scores, row_stats, first_row, first_leaf, num_leaves, filled_leaves, GROUP: tl.constexpr, FIRST: tl.constexpr,
+    GROUPS: tl.constexpr, LEAVES: tl.constexpr,
+):  # fmt: skip
+    """Scores `[LEAVES, GROUPS]` of the blocks of some leaves: the heads' shares, added in their order, read four heads at a time."""
+    leaf, group = first_leaf + tl.arange(0, LEAVES)[:, None], tl.arange(0, GROUPS)[None, :]
+    score = tl.zeros([LEAVES, GROUPS], tl.float32)
+    for member in range(0, GROUP, 4):
+        row = first_row + member
+        a = load_shares(leaf_top, leaf_edge, scores, row_stats, row, leaf, group, True, num_leaves, filled_leaves, FIRST, GROUPS)
+        b = load_shares(leaf_top, leaf_edge, scores, row_stats, row + 1, leaf, group, member + 1 < GROUP, num_leaves, filled_leaves, FIRST, GROUPS)
+        c = load_shares(leaf_top, leaf_edge, scores, row_stats, row + 2, leaf, group, member + 2 < GROUP, num_leaves, filled_leaves, FIRST, GROUPS)
+        d = load_shares(leaf_top, leaf_edge, scores, row_stats, row + 3, leaf, group, member + 3 < GROUP, num_leaves, filled_leaves, FIRST, GROUPS)
+        score = add_shares(score, *a, group, FIRST, GROUPS)
+        score = add_shares(score, *b, group, FIRST, GROUPS)
+        score = add_shares(score, *c, group, FIRST, GROUPS)
+        score = add_shares(score, *d, group, FIRST, GROUPS)
+    return score
+
+
+@triton.jit(do_not_specialize=["num_leaves", "num_chunks", "programs"])
 def score_kernel(
-    leaf_top, leaf_sum, leaf_edge, scores, chunk_keys, candidates, given, seq_lens, given_batch, given_row, given_head, num_leaves, num_chunks,
-    num_new,
+    leaf_top, leaf_sum, leaf_edge, scores, row_stats, chunk_keys, candidates, given, seq_lens, given_batch, given_row, given_head,
+    num_leaves, num_chunks, programs, num_new,
     HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP2: tl.constexpr, STRIDE: tl.constexpr, FIRST: tl.constexpr,
     PER_BLOCK: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr, NUM: tl.constexpr, NUM_INIT: tl.constexpr, NUM_LOCAL: tl.constexpr,
     CHUNK: tl.constexpr, GIVEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """The best NUM of CHUNK blocks for one query and KV head: keys int64 `[B, m, Hkv, chunks, NUM]`, best first.
+    """The best NUM of each of the chunks c, c + `programs`, … of CHUNK blocks for one query and KV head: keys int64
+    `[B, m, Hkv, chunks, NUM]`, best first.
 
     A key is the score's bits, then the block number, lower ones greater; negative = no block."""
     if PDL:
         gdc_launch_dependents()
-    head, chunk = tl.program_id(0) % HEADS, tl.program_id(0) // HEADS
+    head, first_chunk = tl.program_id(0) % HEADS, tl.program_id(0) // HEADS
     query, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     length = tl.load(seq_lens + batch).to(tl.int32)
     current = tl.maximum(length - num_new + query, 0) // SIZE
-    wanted = (length > 0) & (chunk * CHUNK <= current)
+    wanted = (current >= NUM) & (first_chunk * CHUNK <= current)
     if GIVEN:
         wanted = wanted & (tl.load(given + batch * given_batch + query * given_row + head * given_head).to(tl.int32) == RECOMPUTE)
     if PDL:
         gdc_wait()
     if not wanted:
         return
-    member = tl.arange(0, GROUP2)
-    real = member < GROUP
-    rows = ((batch * HEADS + head) * num_new + query) * GROUP + member
-    filled_leaves = tl.cdiv(length // STRIDE, GROUPS * PER_BLOCK)
-    blocks = chunk * CHUNK + tl.arange(0, CHUNK)
-    leaves = blocks // GROUPS
-    inside = real[:, None] & (leaves < filled_leaves)[None, :]
-    at_edge = real[:, None] & ((blocks % GROUPS == GROUPS - 1) & (leaves + 1 < filled_leaves))[None, :]
-    places = (rows * num_leaves)[:, None] + leaves[None, :]
-    shares = tl.load(scores + (rows * (num_leaves * GROUPS))[:, None] + blocks[None, :], mask=inside, other=0.0)
-    share_top = tl.load(leaf_top + places, mask=inside, other=NOTHING)
-    edge, edge_top = shares, share_top
-    if FIRST > 0:
-        edge = tl.load(leaf_edge + places + 1, mask=at_edge, other=0.0)
-        edge_top = tl.load(leaf_top + places + 1, mask=at_edge, other=NOTHING)
-
-    leaf = tl.arange(0, STATISTICS)
-    top, total = tl.full([GROUP2], NOTHING, tl.float32), tl.zeros([GROUP2], tl.float32)
-    for start in range(0, filled_leaves, STATISTICS):
-        read = (start + leaf < filled_leaves)[:, None] & real[None, :]
-        spots = (rows * num_leaves)[None, :] + (start + leaf)[:, None]
-        tops = tl.load(leaf_top + spots, mask=read, other=NOTHING)
-        total, top = add_sum(total, top, tl.load(leaf_sum + spots, mask=read, other=0.0), tops)
-    inverse = tl.where(total > 0.0, 1.0 / tl.where(total > 0.0, total, 1.0), 0.0)
-    shares *= power_of_two(share_top - top[:, None])
-    if FIRST > 0:
-        shares += edge * power_of_two(edge_top - top[:, None])
-    score = tl.sum(shares * inverse[:, None], 0)
-
-    forced = (blocks < NUM_INIT) | (blocks > current - NUM_LOCAL)
-    bits = tl.where(forced, 0x7F800000, score.to(tl.int32, bitcast=True)).to(tl.int64)
-    keys = tl.where(blocks <= current, (bits << 32) | (0x7FFFFFFF - blocks).to(tl.int64), -1 - blocks.to(tl.int64))
-    # Through memory, so that the ranking does not inherit the scores' layout, which repeats every element in many threads.
-    place = ((batch * num_new + query) * HEADS + head) * num_chunks + chunk
+    place = ((batch * num_new + query) * HEADS + head) * num_chunks
     column = tl.arange(0, CHUNK)
-    tl.store(chunk_keys + place * CHUNK + column, keys)
+    filled_leaves = tl.cdiv(length // STRIDE, GROUPS * PER_BLOCK)
+    first_row = ((batch * HEADS + head) * num_new + query) * GROUP
+    member = tl.arange(0, GROUP2)
+    # Programs of other chunks write the same numbers.
+    store_statistics(leaf_top, leaf_sum, row_stats, first_row + member, member < GROUP, num_leaves, filled_leaves)
     tl.debug_barrier()
-    mine = tl.load(chunk_keys + place * CHUNK + column)
-    SLICE: tl.constexpr = 32 if CHUNK > 32 else CHUNK
-    better = tl.zeros([SLICE, CHUNK], tl.int32)
-    for start in tl.range(0, CHUNK, SLICE, loop_unroll_factor=4):
-        others = tl.load(chunk_keys + place * CHUNK + start + tl.arange(0, SLICE))
-        better += (others[:, None] > mine[None, :]).to(tl.int32)
-    ranks = tl.sum(better, 0)
-    tl.store(candidates + place * NUM + ranks, mine, mask=ranks < NUM)
+    LEAVES: tl.constexpr = (CHUNK + GROUPS - 1) // GROUPS
+    for chunk in range(first_chunk, current // CHUNK + 1, programs):
+        blocks = chunk * CHUNK + column
+        score = leaf_scores(
+            leaf_top, leaf_edge, scores, row_stats, first_row, chunk * LEAVES, num_leaves, filled_leaves, GROUP, FIRST, GROUPS, LEAVES
+        )
+        score = tl.reshape(score, (CHUNK,))
+
+        forced = (blocks < NUM_INIT) | (blocks > current - NUM_LOCAL)
+        bits = tl.where(forced, 0x7F800000, score.to(tl.int32, bitcast=True)).to(tl.int64)
+        keys = tl.where(blocks <= current, (bits << 32) | (0x7FFFFFFF - blocks).to(tl.int64), -1 - blocks.to(tl.int64))
+        # Through memory, so that the ranking does not inherit the scores' layout, which repeats every element in many threads.
+        tl.store(chunk_keys + (place + chunk) * CHUNK + column, keys)
+        tl.debug_barrier()
+        mine = tl.load(chunk_keys + (place + chunk) * CHUNK + column)
+        SLICE: tl.constexpr = 32 if CHUNK > 32 else CHUNK
+        better = tl.zeros([SLICE, CHUNK], tl.int32)
+        for start in tl.range(0, CHUNK, SLICE, loop_unroll_factor=4):
+            others = tl.load(chunk_keys + (place + chunk) * CHUNK + start + tl.arange(0, SLICE))
+            better += (others[:, None] > mine[None, :]).to(tl.int32)
+        ranks = tl.sum(better, 0)
+        tl.store(candidates + (place + chunk) * NUM + ranks, mine, mask=ranks < NUM)
 
 
 @triton.jit
@@ -330,14 +380,78 @@ def chosen_blocks(
     """The blocks `[NUM2]` of one query and KV head, ascending, then −1: the best of the candidates, all where no more than NUM exist, or the
     row at `given`."""
     if SCORES:
-        num_keys = tl.minimum(position // SIZE // CHUNK + 1, num_chunks) * NUM
+        # Where no more than NUM exist nothing was ranked: no keys, and all of the blocks.
+        some = position // SIZE >= NUM
+        num_keys = tl.where(some, tl.minimum(position // SIZE // CHUNK + 1, num_chunks) * NUM, 0)
         chosen = best_blocks(candidates + entry * num_chunks * NUM, num_keys, num_keys if BOUNDED else CANDIDATES, NUM, NUM2, CANDIDATES)
+        chosen = tl.maximum(chosen, tl.where(order <= tl.where(some, -1, position // SIZE), order, -1))
     else:
         chosen = tl.where(order <= position // SIZE, order, -1)
     if GIVEN:
         replayed = tl.load(given + order * given_entry, mask=order < NUM, other=-1).to(tl.int32)
         chosen = tl.where(tl.load(given).to(tl.int32) == RECOMPUTE, chosen, replayed)
     return chosen
+
+
+@triton.jit(do_not_specialize=["num_leaves"])
+def choose_kernel(
+    leaf_top, leaf_sum, leaf_edge, scores, row_stats, given, selection, seq_lens, given_batch, given_row, given_head, given_entry,
+    num_leaves, num_new,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP2: tl.constexpr, STRIDE: tl.constexpr, FIRST: tl.constexpr,
+    PER_BLOCK: tl.constexpr, GROUPS: tl.constexpr, LEAVES: tl.constexpr, SIZE: tl.constexpr, NUM: tl.constexpr, NUM2: tl.constexpr,
+    NUM_INIT: tl.constexpr, NUM_LOCAL: tl.constexpr, GIVEN: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """`score_kernel` and `pick_kernel` in one, for batches that fill the GPU with a program for each query and KV head: the selection.
+
+    The scores of all blocks lie in registers; the NUM-th best is found two bits at a time, and of blocks that equal it the first ones
+    are taken."""
+    if PDL:
+        gdc_launch_dependents()
+    head, query, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    length = tl.load(seq_lens + batch).to(tl.int32)
+    current = tl.maximum(length - num_new + query, 0) // SIZE
+    order = tl.arange(0, NUM2)
+    entry = (batch * num_new + query) * HEADS + head
+    target = selection + entry * NUM
+    replay = length < 0
+    if GIVEN:
+        row = given + batch * given_batch + query * given_row + head * given_head
+        replay = (length > 0) & (tl.load(row).to(tl.int32) != RECOMPUTE)
+    if PDL:
+        gdc_wait()
+    if replay | (length == 0) | (current < NUM):
+        chosen = tl.where((order <= current) & (length > 0), order, -1)
+        if GIVEN:
+            replayed = tl.load(row + order * given_entry, mask=order < NUM, other=-1).to(tl.int32)
+            chosen = tl.where(replay, replayed, chosen)
+        tl.store(target + order, chosen.to(selection.dtype.element_ty), mask=order < NUM)
+        return
+    filled_leaves = tl.cdiv(length // STRIDE, GROUPS * PER_BLOCK)
+    first_row = ((batch * HEADS + head) * num_new + query) * GROUP
+    member = tl.arange(0, GROUP2)
+    store_statistics(leaf_top, leaf_sum, row_stats, first_row + member, member < GROUP, num_leaves, filled_leaves)
+    tl.debug_barrier()
+    score = leaf_scores(leaf_top, leaf_edge, scores, row_stats, first_row, 0, num_leaves, filled_leaves, GROUP, FIRST, GROUPS, LEAVES)
+    block = tl.arange(0, LEAVES * GROUPS)
+    bits = tl.reshape(score, (LEAVES * GROUPS,)).to(tl.int32, bitcast=True)
+    bits = tl.where((block < NUM_INIT) | (block > current - NUM_LOCAL), 0x7F800000, bits)
+    bits = tl.where(block <= current, bits, -1)
+    least = 0  # the greatest number that NUM blocks reach
+    for step in range(16):
+        unit = 1 << (30 - 2 * step)
+        reach = (bits >= least + unit).to(tl.int64)
+        if step > 0:
+            reach += ((bits >= least + 2 * unit).to(tl.int64) << 20) + ((bits >= least + 3 * unit).to(tl.int64) << 40)
+        counts = tl.sum(reach, 0)
+        least += unit * (
+            ((counts & 0xFFFFF) >= NUM).to(tl.int32) + ((counts >> 20 & 0xFFFFF) >= NUM).to(tl.int32) + ((counts >> 40) >= NUM).to(tl.int32)
+        )
+    above = bits > least
+    equal = bits == least
+    left = NUM - tl.sum(above.to(tl.int32), 0)
+    taken = above | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= left))
+    place = tl.cumsum(taken.to(tl.int32), 0) - 1
+    tl.store(target + place, block.to(selection.dtype.element_ty), mask=taken)
 
 
 @triton.jit(do_not_specialize=["num_chunks"])
@@ -365,32 +479,53 @@ def pick_kernel(
     tl.store(selection + entry * NUM + order, chosen.to(selection.dtype.element_ty), mask=order < NUM)
 
 
-@triton.jit(do_not_specialize=["num_chunks", "num_blocks"])
+@triton.jit(do_not_specialize=["num_chunks", "num_blocks", "batches"])
 def blocks_kernel(
     q, raw, block_table, seq_lens, candidates, given, selection, leaf_top, leaf_sum, part_top, part_out, scale,
     q_batch, q_row, q_head, raw_page, raw_kind, raw_slot, raw_head, table_batch, given_batch, given_row, given_head, given_entry, num_chunks,
-    num_blocks, num_new,
+    num_blocks, batches, num_new,
     HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP2: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, DK2: tl.constexpr,
     DV2: tl.constexpr, SIZE: tl.constexpr, TILE: tl.constexpr, PAGE: tl.constexpr, NUM: tl.constexpr, NUM2: tl.constexpr, CHUNK: tl.constexpr,
-    CANDIDATES: tl.constexpr, CHOSEN_SET: tl.constexpr, ALL_LEAVES: tl.constexpr, LEAVES: tl.constexpr, SCORES: tl.constexpr,
-    GIVEN: tl.constexpr, RETURN: tl.constexpr, PICKED: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    CANDIDATES: tl.constexpr, WINDOW: tl.constexpr, CHOSEN_SET: tl.constexpr, WINDOW_SET: tl.constexpr, CHOSEN_LEAVES: tl.constexpr,
+    ALL_LEAVES: tl.constexpr, LEAVES: tl.constexpr, SCORES: tl.constexpr, GIVEN: tl.constexpr, RETURN: tl.constexpr, PICKED: tl.constexpr,
+    ONCE: tl.constexpr, REPLAYED: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One query's heads of one KV head over LEAVES leaves of the chosen blocks, which stand in `selection` (PICKED) or are found here; then the
-    first program writes them there (RETURN)."""
+    """One query's heads of one KV head over LEAVES leaves of the window or of the chosen blocks. Those stand in `selection` (PICKED) or are
+    found here; then the first program writes them there (RETURN).
+
+    The window's programs come first in the grid and wait for nothing: they read while the blocks are still being chosen."""
     if PDL:
         gdc_launch_dependents()
-    head, part = tl.program_id(0) % HEADS, tl.program_id(0) // HEADS
-    query, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    WINDOW_PARTS: tl.constexpr = (ALL_LEAVES - CHOSEN_LEAVES) // LEAVES
+    CHOSEN_PARTS: tl.constexpr = CHOSEN_LEAVES // LEAVES
+    entries = batches * num_new * HEADS
+    index = tl.program_id(0) - entries * WINDOW_PARTS
+    of_window = index < 0
+    index = tl.where(of_window, tl.program_id(0), index)
+    parts = tl.where(of_window, WINDOW_PARTS, CHOSEN_PARTS)
+    head, part = index % HEADS, index // HEADS % parts
+    query = index // HEADS // parts % num_new
+    batch = (index // HEADS // parts // num_new).to(tl.int64)
     length = tl.load(seq_lens + batch).to(tl.int32)
     order = tl.arange(0, NUM2)
     entry = (batch * num_new + query) * HEADS + head
+    position = tl.maximum(length - num_new + query, 0)
+    chosen_leaves, window_leaves = leaf_counts(position, SIZE, TILE, NUM, WINDOW, REPLAYED)
+    if of_window:
+        lowest = tl.maximum(position - (WINDOW - 1), 0)
+        if (length > 0) & (part * LEAVES < window_leaves) & (not ONCE or (position >= WINDOW) | (position >= NUM * SIZE)):
+            attend_blocks(
+                q + batch * q_batch + query * q_row, raw + (head + WINDOW_SET * HEADS) * raw_head, block_table + batch * table_batch, leaf_top,
+                leaf_sum, part_top, part_out, scale, q_head, raw_page, raw_kind, raw_slot, entry, head, part, position, lowest, lowest // SIZE,
+                num_blocks, GROUP, GROUP2, DK, DV, DK2, DV2, SIZE, TILE, PAGE, CHOSEN_LEAVES, ALL_LEAVES, LEAVES, False, PRECISION,
+            )  # fmt: skip
+        return
     if PDL:
         gdc_wait()
     if length == 0:
         if RETURN & (part == 0):
             tl.store(selection + entry * NUM + order, tl.full([NUM2], -1, tl.int32).to(selection.dtype.element_ty), mask=order < NUM)
         return
-    position = tl.maximum(length - num_new + query, 0)
     if PICKED:
         chosen = tl.load(selection + entry * NUM + order, mask=order < NUM, other=-1).to(tl.int32)
     else:
@@ -400,6 +535,8 @@ def blocks_kernel(
         )  # fmt: skip
     if RETURN & (part == 0):
         tl.store(selection + entry * NUM + order, chosen.to(selection.dtype.element_ty), mask=order < NUM)
+    if part * LEAVES >= chosen_leaves:
+        return
     attend_blocks(
         q + batch * q_batch + query * q_row, raw + (head + CHOSEN_SET * HEADS) * raw_head, block_table + batch * table_batch, leaf_top, leaf_sum,
         part_top, part_out, scale, q_head, raw_page, raw_kind, raw_slot, entry, head, part, position, 0, tl.where(order < NUM, chosen, -1),
@@ -434,6 +571,7 @@ def combine_kernel(
     gates_batch, gates_row, gates_head, gates_branch, num_leaves, num_parts, num_new,
     HEADS: tl.constexpr, GROUP: tl.constexpr, DV: tl.constexpr, COLUMNS: tl.constexpr, STRIDE: tl.constexpr,
     SLOTS: tl.constexpr, CHOSEN_LEAVES: tl.constexpr, ALL_LEAVES: tl.constexpr, CMP_LEAVES: tl.constexpr, RAW_LEAVES: tl.constexpr,
+    SIZE: tl.constexpr, TILE: tl.constexpr, NUM: tl.constexpr, WINDOW: tl.constexpr, ONCE: tl.constexpr, REPLAYED: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """COLUMNS of one query head's output `[B, m, Hq, Dv]`: the gated sum of the branches; 0 for a padded row."""
@@ -457,14 +595,19 @@ def combine_kernel(
         tops, sums = raw_leaf_top + row * ALL_LEAVES, raw_leaf_sum + row * ALL_LEAVES
         part_tops, outs = raw_part_top + row * RAW_PARTS, raw_part_out + row * RAW_PARTS * DV
         cmp_leaves = tl.cdiv(length // STRIDE, SLOTS)
+        position = tl.maximum(length - num_new + query, 0)
+        chosen_leaves, window_leaves = leaf_counts(position, SIZE, TILE, NUM, WINDOW, REPLAYED)
+        window_first, window_end = CHOSEN_LEAVES, CHOSEN_LEAVES + window_leaves
+        if ONCE & (position < WINDOW) & (position < NUM * SIZE):  # chosen blocks and window are the whole sequence
+            window_first, window_end = 0, chosen_leaves
         nothing, zero = tl.full([1], NOTHING, tl.float32), tl.zeros([1], tl.float32)
         compressed, compressed_sum, compressed_top = result, zero, nothing
         chosen, chosen_sum, chosen_top = result, zero, nothing
         window, window_sum, window_top = result, zero, nothing
-        for start in range(0, tl.maximum(cmp_leaves, ALL_LEAVES), STATISTICS):
+        for start in range(0, tl.maximum(cmp_leaves, window_end), STATISTICS):
             of_compressed = read_leaves(cmp_tops, cmp_sums, cmp_part_tops, cmp_outs, dv, start, 0, cmp_leaves, CMP_LEAVES, DV)
-            of_chosen = read_leaves(tops, sums, part_tops, outs, dv, start, 0, CHOSEN_LEAVES, RAW_LEAVES, DV)
-            of_window = read_leaves(tops, sums, part_tops, outs, dv, start, CHOSEN_LEAVES, ALL_LEAVES, RAW_LEAVES, DV)
+            of_chosen = read_leaves(tops, sums, part_tops, outs, dv, start, 0, chosen_leaves, RAW_LEAVES, DV)
+            of_window = read_leaves(tops, sums, part_tops, outs, dv, start, window_first, window_end, RAW_LEAVES, DV)
             compressed, compressed_sum, compressed_top = add_leaves(compressed, compressed_sum, compressed_top, *of_compressed)
             chosen, chosen_sum, chosen_top = add_leaves(chosen, chosen_sum, chosen_top, *of_chosen)
             window, window_sum, window_top = add_leaves(window, window_sum, window_top, *of_window)

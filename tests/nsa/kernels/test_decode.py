@@ -1,5 +1,9 @@
 """Decode kernels against the oracle, the torch backend and themselves in another batch or split."""
 
+import contextlib
+import importlib
+import itertools
+import types
 from dataclasses import dataclass, replace
 
 import pytest
@@ -8,7 +12,7 @@ import torch
 from nsa import torch_backend
 from nsa.attention import LayerCache
 from nsa.cache import NSACache, plan_write, write_layer
-from nsa.kernels import decode
+from nsa.kernels import banded, decode
 from nsa.kernels.decode import DecodeTiles, decode_tiles, paged_decode
 from nsa.reference import reference_attention
 from nsa.testing import AttentionInputs, assert_same_selection, clear_choices, cumulative, make_inputs, relative_rms, same_blocks, tiny_config
@@ -136,7 +140,9 @@ def tiles(call: Decode, **changes) -> DecodeTiles:
 
 
 @pytest.mark.parametrize(("leaf", "chunk"), [(16, 32), (32, 16), (128, 256)])
-def test_many_leaves_and_chunks(leaf, chunk):
+@pytest.mark.parametrize("at_once", [False, True])
+def test_many_leaves_and_chunks(monkeypatch, leaf, chunk, at_once):
+    monkeypatch.setattr(decode, "MIN_CHOSEN", 1 if at_once else 10**9)
     inputs = make_inputs(tiny_config(num_selected_blocks=6).sparsity, lengths=[1100, 60], num_kv_heads=1, group_size=2)
     call = prepare(inputs)
     assert_matches_oracle(call, tiles=tiles(call, leaf=leaf, chunk=chunk))
@@ -157,7 +163,9 @@ def test_how_many_leaves_a_program_takes_and_the_table_width_change_no_bit():
         assert torch.equal(same[0], chosen[row])
 
 
-def test_ties_go_to_the_lower_block():
+@pytest.mark.parametrize("at_once", [False, True])
+def test_ties_go_to_the_lower_block(monkeypatch, at_once):
+    monkeypatch.setattr(decode, "MIN_CHOSEN", 1 if at_once else 10**9)
     inputs = make_inputs(tiny_config().sparsity, lengths=[512], num_kv_heads=1).to(requires_grad=False)
     for key, value in (inputs.kv.cmp, inputs.kv.slc):
         key.copy_(key[:1].expand_as(key))
@@ -167,8 +175,10 @@ def test_ties_go_to_the_lower_block():
     assert chosen.tolist() == [[[[0, 1, 62, 63]]]]
 
 
-def test_equal_keys_tie_though_their_leaves_have_other_maxima():
+@pytest.mark.parametrize("at_once", [False, True])
+def test_equal_keys_tie_though_their_leaves_have_other_maxima(monkeypatch, at_once):
     """Blocks 5 and 40 hold the same keys, of logit 6.8 (base 2), and one place is free. In the leaf of block 40 there is a logit of 7.2."""
+    monkeypatch.setattr(decode, "MIN_CHOSEN", 1 if at_once else 10**9)
     config = tiny_config(compressor="mean", compress_block_size=4, compress_stride=4).sparsity
     inputs = make_inputs(config, lengths=[512], num_kv_heads=1, group_size=1, kv="separate").to(requires_grad=False)
     keys, query = inputs.kv.cmp[0], inputs.q[-1]
@@ -217,20 +227,24 @@ def test_a_row_is_the_same_in_any_batch():
 
 @pytest.mark.parametrize("replays", [False, True])
 def test_where_the_best_blocks_are_ranked_changes_no_bit(monkeypatch, replays):
-    """In large batches a kernel of its own ranks the candidates; short, padded and replayed rows included."""
+    """In one kernel, or among each chunk's best by a kernel of their own or by every program; short, padded and replayed rows included."""
     call = prepare(make_inputs(tiny_config().sparsity, lengths=[331, 40, 75, 14], num_kv_heads=2, group_size=2), num_new=3)
     call = replace(call, seq_lens=call.seq_lens * torch.tensor([1, 1, 0, 1], device=DEVICE))
     given = None
     if replays:
         given = torch.full((4, 3, 2, 4), -2, device=DEVICE)
         given[0, :, 1] = torch.tensor([1, 4, 7, -1], device=DEVICE)
-    kept = call.run(selection=given, tiles=tiles(call, leaf=16, chunk=16))
-    launched = []
-    monkeypatch.setattr(decode, "MIN_PICKED", 24)
+    results, launched = [], []
     monkeypatch.setattr(decode, "launch", lambda kernel, *a, real=decode.launch, **k: (launched.append(kernel), real(kernel, *a, **k)))
-    for found, expected in zip(call.run(selection=given, tiles=tiles(call, leaf=16, chunk=16)), kept, strict=True):
-        assert torch.equal(found, expected)
-    assert decode.pick_kernel in launched
+    for least in ({"MIN_CHOSEN": 24}, {"MIN_CHOSEN": 25, "MIN_PICKED": 24}, {"MIN_CHOSEN": 25, "MIN_PICKED": 25}):
+        for name, value in least.items():
+            monkeypatch.setattr(decode, name, value)
+        results.append(call.run(selection=given, tiles=tiles(call, leaf=16, chunk=16)))
+    for result in results[1:]:
+        for found, expected in zip(result, results[0], strict=True):
+            assert torch.equal(found, expected)
+    assert launched.count(decode.choose_kernel) == launched.count(decode.pick_kernel) == 1
+    assert launched.count(decode.score_kernel) == 2
 
 
 def test_any_strides():
@@ -252,6 +266,192 @@ def test_half_precision_is_as_near_the_exact_result_as_the_torch_backend():
     torch_out, _ = call.run(torch_backend.paged_decode, selection=given)
     assert out.dtype == torch.float16
     assert relative_rms(out.flatten(0, 1), exact) <= max(2 * relative_rms(torch_out.flatten(0, 1), exact), 1e-3)
+
+
+@dataclass(frozen=True)
+class Pointer:
+    """Addresses in a tensor's storage."""
+
+    storage: torch.Tensor
+    offsets: torch.Tensor
+
+    @property
+    def dtype(self):
+        return types.SimpleNamespace(element_ty=self.storage.dtype)
+
+    def __add__(self, step):
+        return Pointer(self.storage, self.offsets + step)
+
+    def __getitem__(self, key):
+        return Pointer(self.storage, self.offsets[key])
+
+
+@dataclass(frozen=True)
+class Shared:
+    """A piece of shared memory."""
+
+    data: torch.Tensor
+
+    @property
+    def dtype(self):
+        return self.data.dtype
+
+    @property
+    def type(self):
+        return types.SimpleNamespace(shape=list(self.data.shape))
+
+    def index(self, place):
+        return Shared(self.data[int(place)])
+
+    def permute(self, order):
+        return Shared(self.data.permute(*order))
+
+    def store(self, value):
+        self.data.copy_(value)
+
+
+class Machine:
+    """What Gluon's names stand for while one program runs, on PyTorch tensors. Stricter than the GPU: a copy lands when the wait for it
+    ends, or at once (`early`); a product reads its operands only when it is waited for; shared memory starts as NaN."""
+
+    def __init__(self, program, early):
+        self.program, self.early, self.copies, self.groups, self.products = program, early, [], [], []
+
+    def names(self):
+        nothing = lambda *_, **__: None  # noqa: E731
+        number = lambda x: x if isinstance(x, torch.Tensor) else torch.tensor(x)  # noqa: E731
+        gl = types.SimpleNamespace(
+            float32=torch.float32, int32=torch.int32, int64=torch.int64, static_range=range, cdiv=lambda a, b: (a + b - 1) // b,
+            program_id=lambda axis: torch.tensor(self.program[axis]), num_warps=lambda: 4, thread_barrier=nothing,
+            minimum=lambda a, b: torch.minimum(number(a), number(b)), maximum=lambda a, b: torch.maximum(number(a), number(b)),
+            where=lambda c, a, b: torch.where(c, number(a), number(b)), exp2=torch.exp2, ceil=torch.ceil, floor=torch.floor,
+            max=lambda x, axis: x.amax(axis), min=lambda x, axis: x.amin(axis), sum=lambda x, axis: x.sum(axis, dtype=x.dtype),
+            gather=lambda x, index, axis: x.gather(axis, index.long()), convert_layout=lambda x, _: x,
+            zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype), arange=lambda a, b, layout: torch.arange(a, b),
+            full=lambda shape, value, dtype, layout: torch.full(shape, value, dtype=dtype), load=self.load, store=self.store,
+            allocate_shared_memory=lambda dtype, shape, layout: Shared(torch.full(shape, torch.nan, dtype=dtype)),
+            NVMMADistributedLayout=nothing, BlockedLayout=nothing, SliceLayout=nothing,
+            NVMMASharedLayout=types.SimpleNamespace(get_default_for=nothing),
+        )  # fmt: skip
+        copies = types.SimpleNamespace(async_copy_global_to_shared=self.copy, commit_group=self.commit, wait_group=self.wait_for_copies)
+        return {
+            "gl": gl, "async_copy": copies, "fence_async_shared": nothing, "warpgroup_mma": self.multiply,
+            "warpgroup_mma_wait": self.wait_for_products, "gdc_wait": nothing, "gdc_launch_dependents": nothing, "NOTHING": -1.0e6,
+            "RECOMPUTE": -2, "range": lambda *ends: (torch.tensor(i) for i in range(*map(int, ends))),
+        }  # fmt: skip
+
+    def load(self, pointer, mask=None, other=None):
+        if mask is None:
+            return pointer.storage[pointer.offsets]
+        mask = torch.as_tensor(mask).expand(pointer.offsets.shape)
+        return torch.where(mask, pointer.storage[torch.where(mask, pointer.offsets, 0)], torch.tensor(other, dtype=pointer.storage.dtype))
+
+    def store(self, pointer, value, mask):
+        mask = mask.expand(pointer.offsets.shape)
+        pointer.storage[pointer.offsets[mask]] = value.expand(mask.shape)[mask].to(pointer.storage.dtype)
+
+    def copy(self, target, pointer, mask):
+        self.copies.append((target, self.load(pointer, mask, 0.0)))
+        if self.early:
+            target.store(self.copies[-1][1])
+
+    def commit(self):
+        self.groups.append(self.copies)
+        self.copies = []
+
+    def wait_for_copies(self, left):
+        while len(self.groups) > left:
+            for target, value in self.groups.pop(0):
+                if not self.early:
+                    target.store(value)
+
+    def multiply(self, a, b, acc, use_acc, is_async):
+        assert is_async and not use_acc
+        self.products.append((a, b))
+        return self.products[-1]
+
+    def wait_for_products(self, left, deps):
+        assert left == 0 and deps == self.products
+        (a, b), self.products = self.products[0], []
+        return a.data.float() @ b.data.float()
+
+
+def argument(x):
+    """A launch argument as the stand-in's kernels take it."""
+    if isinstance(x, torch.Tensor):
+        return Pointer(torch.as_strided(x, (x.untyped_storage().nbytes() // x.element_size(),), (1,), 0), torch.tensor(x.storage_offset()))
+    return x
+
+
+def stand_in(kernel, early):
+    """A Gluon kernel of decode_hopper.py, run by a `Machine`."""
+    module = importlib.import_module("nsa.kernels.decode_hopper")
+    sources = {name: value.fn for name, value in vars(module).items() if type(value).__name__ == "GluonJITFunction"}
+
+    def run(grid, *arguments, num_warps, enable_fp_fusion, maxnreg=None, **constants):
+        for program in itertools.product(*(range(size) for size in (*grid, 1, 1)[:3])):
+            space = {"__builtins__": __builtins__, **Machine(program, early).names()}
+            for name, source in sources.items():
+                space.setdefault(name, types.FunctionType(source.__code__, space, name, source.__defaults__))
+            space["power_of_two"] = lambda exponent: torch.where(exponent < -126, 0.0, torch.exp2(exponent.double()).float())
+            space[kernel.fn.__name__](*map(argument, arguments), **constants)
+
+    return run
+
+
+@contextlib.contextmanager
+def hopper(monkeypatch, early=False, processors=2):
+    """The Hopper kernels; by the stand-in where there is no GPU."""
+    if DEVICE == "cuda":
+        if not banded.runs_hopper_kernels(torch.device(DEVICE, 0)):
+            pytest.skip("no Hopper GPU with Triton 3.6")
+        yield
+        return
+    module = pytest.importorskip("nsa.kernels.decode_hopper")
+
+    def launched(kernel, grid, *arguments, real=decode.launch, **settings):
+        run = stand_in(kernel, early) if type(kernel).__name__ == "GluonJITFunction" else lambda *a, **s: real(kernel, *a, **s)
+        run(grid, *arguments, **settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(decode, "runs_hopper_kernels", lambda device: True)
+        patch.setattr(decode, "launch", launched)
+        patch.setattr(module, "launch", launched)
+        patch.setattr(module, "num_processors", lambda device: processors)
+        yield
+
+
+def on_triton(monkeypatch, call, **options):
+    with monkeypatch.context() as patch:
+        patch.setattr(decode, "takes_hopper", lambda *_: False)
+        return call.run(**options)
+
+
+def wide_call(lengths, group_size=4, kv="separate", num_new=1, num_kv_heads=1, key_dim=64, value_dim=64, **settings):
+    config = tiny_config(**{**PAPER, "num_selected_blocks": 3, "window_size": 100} | settings).sparsity
+    inputs = make_inputs(config, lengths=lengths, num_kv_heads=num_kv_heads, group_size=group_size, key_dim=key_dim, value_dim=value_dim, kv=kv)
+    return prepare(inputs, num_new=num_new, dtype=torch.float16)
+
+
+@pytest.mark.parametrize("early", [False, True])
+@pytest.mark.parametrize(
+    ("lengths", "options"),
+    [
+        ([4500, 70, 9], {}),
+        ([1000, 300], {"num_new": 2, "group_size": 3}),
+        ([400, 90, 10], {"kv": "shared"}),
+        ([900], {"key_dim": 128, "group_size": 1}),
+    ],
+)
+def test_hopper_kernels_agree_with_the_triton_ones(monkeypatch, lengths, options, early):
+    call = wide_call(lengths, **options)
+    expected, blocks = on_triton(monkeypatch, call)
+    with hopper(monkeypatch, early):
+        out, chosen = call.run()
+    same = same_blocks(chosen, blocks)
+    assert same.double().mean() > 0.9
+    rows = same.all(-1)
+    assert relative_rms(out[rows], expected[rows]) <= 2e-3
 
 
 @pytest.mark.gpu
@@ -305,3 +505,39 @@ def random_call(num_heads, num_kv_heads, key_dim, value_dim, dtype, num_new, len
     gates = torch.sigmoid(draw(batch, num_new, num_heads, 3))
     seq_lens = torch.tensor(lengths, device=DEVICE, dtype=torch.int32)
     return Decode(inputs, draw(batch, num_new, num_heads, key_dim), cache, table, seq_lens, gates)
+
+
+def test_sequences_that_share_a_prompt(monkeypatch):
+    """Neighbours with the same first pages: their common leaves are read once for all of them."""
+    decode_hopper = pytest.importorskip("nsa.kernels.decode_hopper")
+    call = wide_call([9000, 4300], group_size=4)
+    shared = replace(call.part([0, 0, 0, 0, 1, 0, 0]), seq_lens=torch.tensor([9000, 8997, 6200, 8999, 4300, 8800, 5], device=DEVICE))
+    table = shared.block_table.clone()
+    table[3, 100:130] = table[0, 100:130].flip(0)
+    shared = replace(shared, block_table=table, q=torch.cat([shared.q[:4].roll(1, 2), shared.q[4:]]))
+    expected, blocks = on_triton(monkeypatch, shared)
+    monkeypatch.setattr(decode_hopper, "MIN_SHARED", 1)
+    for processors in (1, 40):
+        with hopper(monkeypatch, processors=processors):
+            out, chosen = shared.run()
+        rows = same_blocks(chosen, blocks)
+        assert rows.double().mean() > 0.9
+        assert relative_rms(out[rows.all(-1)], expected[rows.all(-1)]) <= 2e-3
+        if DEVICE == "cuda":
+            for row in range(7):
+                alone, same = shared.part([row]).run()
+                assert torch.equal(alone[0], out[row]) and torch.equal(same[0], chosen[row])
+
+
+def test_hopper_kernels_replay_a_selection(monkeypatch):
+    call = wide_call([900, 70, 300])
+    call = replace(call, seq_lens=call.seq_lens * torch.tensor([1, 0, 1], device=DEVICE))
+    given = torch.full((3, 1, 1, 3), -2, device=DEVICE)
+    given[0] = torch.tensor([2, 5, -1], device=DEVICE)
+    expected, blocks = on_triton(monkeypatch, call, selection=given)
+    for least in (1, 10**9):
+        monkeypatch.setattr(decode, "MIN_CHOSEN", least)
+        with hopper(monkeypatch):
+            out, chosen = call.run(selection=given)
+        assert torch.equal(chosen, blocks)
+        assert relative_rms(out, expected) <= 2e-3
