@@ -178,5 +178,5 @@ def write_pages(
         HEADS=cache.num_kv_heads, DK=cache.key_dim, DV=cache.value_dim, WIDTH=width, HIDDEN=hidden, HIDDEN2=padded(hidden),
         BLOCK=config.compress_block_size, STRIDE=config.compress_stride, PAGE=page_size,
         TOKENS=max(FEW_SEQUENCES, power_of_two(num_tokens)) if decode else 1,
-        MLP=phi is not None, DECODE=decode, PRECISION=dot_precision(), TILE=TILE, STEP=step, num_warps=4, num_stages=2,
+        MLP=phi is not None, DECODE=decode, PRECISION=dot_precision(), TILE=TILE, STEP=step, num_warps=4, num_stages=3,
     )  # fmt: skip

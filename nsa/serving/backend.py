@@ -43,14 +43,15 @@ if TYPE_CHECKING:
     from nsa.config import NSAConfig, SparsityConfig
     from nsa.kernels.tiles import KernelPlan
 
-GATHERED_KEYS = 2**17
+GATHERED_KEYS = 2**18
 """Cached tokens that one attention call of a prefill step copies out of the pages, at least one sequence's."""
 DECODE_TOKENS = 512
 """Tokens of one decode call of a step with prefills; its scratch memory grows with them."""
 TOGETHER = 16
 """Neighbouring tokens of a sequence that such a call takes as one: they read the compressed tokens together."""
-LONG_CONTEXT = 32
-"""New tokens are attended to by decode calls where the sequence is at least so many times as long."""
+LONG_CONTEXT = 512
+"""New tokens are attended to by decode calls where the sequence is at least so many times as long: a call costs about 2 µs a token, and
+copying about 2 ns a cached one (H100, 1b shape)."""
 RECORD_SELECTION = "nsa_record_selection"
 """Key of vLLM's `additional_config`: keep every token's block choices beside its page."""
 

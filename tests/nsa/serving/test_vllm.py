@@ -218,6 +218,7 @@ def test_a_few_new_tokens_after_a_long_cached_prompt(separate: Served, monkeypat
 
     monkeypatch.setattr(NSAMetadataBuilder, "build", watched)
     monkeypatch.setattr("nsa.serving.backend.DECODE_TOKENS", 7)
+    monkeypatch.setattr("nsa.serving.backend.LONG_CONTEXT", 32)
     prompts = [*([*prompt, *end] for end in ends), *random_prompts(150, seed=13)]
     results = run(separate, prompts, num_tokens=12, record=True)
     assert [result.num_cached for result in results] == [1984] * 4 + [1984, 0]
@@ -380,7 +381,9 @@ GPU_SHAPE = {"hidden_size": 128, "head_dim": 64, "initializer_range": 0.08}
     ("runner", "dtype", "record"), [("1", "float32", True), ("1", "bfloat16", True), ("0", "bfloat16", True), ("1", "bfloat16", False)]
 )
 def test_cuda_graphs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runner: str, dtype: str, record: bool) -> None:
-    """Both model runners (V2: 1), block choices kept in the graph; without recording, scheduling is asynchronous."""
+    """Both model runners (V2: 1), block choices kept in the graph; without recording, scheduling is asynchronous. After a cached prompt
+    new tokens are prefilled (of `group`) and go through decode calls (of `late`)."""
+    monkeypatch.setattr("nsa.serving.backend.LONG_CONTEXT", 32)
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", runner)
     monkeypatch.setenv("VLLM_USE_FLASHINFER_SAMPLER", "0")
     model = checkpoint(tmp_path, **GPU_SHAPE).to("cuda", getattr(torch, dtype))
@@ -389,10 +392,11 @@ def test_cuda_graphs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runner: st
         options |= {"additional_config": {}, "async_scheduling": None}
     prompts = random_prompts(1, 64, 65, 700, 1500, seed=8)
     group = [[*prompts[3][:470], token] for token in range(6)]
+    late = [[*prompts[4], token] for token in range(2)]
     with serving(tmp_path, model, **options) as served:
-        results = run(served, prompts, num_tokens=20, record=record) + run(served, group, num_tokens=20, record=record)
+        results = [result for part in (prompts, group, late) for result in run(served, part, num_tokens=20, record=record)]
     check = assert_exact if dtype == "float32" else assert_close
-    check(model, [*prompts, *group], results)
+    check(model, [*prompts, *group, *late], results)
 
 
 @pytest.mark.gpu
