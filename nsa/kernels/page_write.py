@@ -21,6 +21,9 @@ TILE = 16
 """Compressed tokens (of one KV head) of a program: the least that `tl.dot` takes, as a decode step completes few."""
 STEP_BYTES = 2**15
 """Of φ's first projection that a program reads at once, and at least one token's part."""
+POOLING_PROGRAMS = 64
+"""Programs for K and as many for V that make compressed tokens: they fill the shared memory of an H100's SMs, and in most decode steps have nothing
+to do."""
 FEW_SEQUENCES = 512
 """Steps of up to so many single tokens share one compiled kernel: CUDA graphs are captured for many batch sizes."""
 
@@ -97,22 +100,20 @@ def compressed_kernel(
     BLOCK: tl.constexpr, STRIDE: tl.constexpr, PAGE: tl.constexpr, TOKENS: tl.constexpr, MLP: tl.constexpr, DECODE: tl.constexpr,
     PRECISION: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """TILE compressed tokens of K (program 0 of the second axis) or V. Complete lists the tokens that complete one, `num_tokens` of
-    them; with DECODE they are found among `num_tokens` sequences, whose lengths Positions holds."""
-    start = tl.program_id(0) * TILE
-    index = start + tl.arange(0, TILE)
-    which, head = index // HEADS, index % HEADS
+    """Compressed tokens of K (program 0 of the second axis) or V, TILE at a time. Complete lists the tokens that complete one,
+    `num_tokens` of them; with DECODE they are found among `num_tokens` sequences, whose lengths Positions holds."""
     count = num_tokens
     if DECODE:
         sequences = tl.arange(0, TOKENS)
         lengths = tl.load(Positions + sequences, mask=sequences < num_tokens, other=0).to(tl.int32)
         done = ((lengths >= BLOCK) & ((lengths - BLOCK) % STRIDE == 0)).to(tl.int32)
         count = tl.sum(done)
-    if start < count * HEADS:
+    for start in range(tl.program_id(0) * TILE, count * HEADS, tl.num_programs(0) * TILE):
+        index = start + tl.arange(0, TILE)
+        which, head = index // HEADS, index % HEADS
         valid = which < count
         if DECODE:
-            ranks = tl.cumsum(done)
-            row = tl.sum((ranks[None, :] <= which[:, None]).to(tl.int32), axis=1)
+            row = tl.sum((tl.cumsum(done)[None, :] <= which[:, None]).to(tl.int32), axis=1)
             row = tl.where(valid, row, 0)
             position = tl.load(Positions + row).to(tl.int32) - 1
         else:
@@ -172,7 +173,7 @@ def write_pages(
         step //= 2
     branch = raw[:, :, :, cache.set_index("cmp") * cache.num_kv_heads :]
     launch(
-        compressed_kernel, (ceil_div(count * cache.num_kv_heads, TILE), 2),
+        compressed_kernel, (min(ceil_div(count * cache.num_kv_heads, TILE), POOLING_PROGRAMS), 2),
         branch, cache.cmp, block_table, places, positions, positions if complete is None else complete, *weights, count,
         *raw.stride()[:4], *cache.cmp.stride()[:3], block_table.stride(0),
         HEADS=cache.num_kv_heads, DK=cache.key_dim, DV=cache.value_dim, WIDTH=width, HIDDEN=hidden, HIDDEN2=padded(hidden),
