@@ -266,6 +266,7 @@ def nsa_decode(
     selection: torch.Tensor | None = None,
     return_selection: bool = False,
     scale: float | None = None,
+    out: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Native sparse attention of the last token(s) of sequences whose K/V (these tokens' included) lie in a paged cache.
@@ -281,6 +282,7 @@ def nsa_decode(
         gates: `[B, m, Hq, 3]`.
         phi: unused by the torch backend (compressed tokens are cached); part of the signature for kernels that fuse φ.
         selection: `[B, m, Hkv, n]` as in `nsa_attention`.
+        out: contiguous `[B, m, Hq, Dv]` in q's dtype, to be written to and returned.
     Returns:
         `[B, m, Hq, Dv]`; with `return_selection` also the selection `[B, m, Hkv, n]`.
     Raises:
@@ -290,6 +292,9 @@ def nsa_decode(
         raise ValueError(f"q must be [B, m, Hq, Dk] and gates [B, m, Hq, 3], got {tuple(q.shape)} and {tuple(gates.shape)}")
     if block_table.shape[0] != q.shape[0] or seq_lens.shape != q.shape[:1]:
         raise ValueError(f"block_table must be [B, P] and seq_lens [B] with B={q.shape[0]}, got {tuple(block_table.shape)}, {tuple(seq_lens.shape)}")
+    shape = (*q.shape[:3], cache.value_dim)
+    if out is not None and (out.shape != shape or out.dtype != q.dtype or not out.is_contiguous()):
+        raise ValueError(f"out must be {shape}, contiguous, {q.dtype}; got {tuple(out.shape)}, strides {out.stride()}, {out.dtype}")
     name = resolve_backend(backend, q.device)
     _check_dtype(name, q.dtype)
     if name == "reference":
@@ -300,4 +305,6 @@ def nsa_decode(
         from nsa.torch_backend import paged_decode
 
     factor = q.shape[-1] ** -0.5 if scale is None else scale
-    return paged_decode(q, cache, block_table, seq_lens, gates, config=config, selection=selection, return_selection=return_selection, scale=factor)
+    return paged_decode(
+        q, cache, block_table, seq_lens, gates, config=config, selection=selection, return_selection=return_selection, scale=factor, out=out
+    )

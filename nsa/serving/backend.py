@@ -357,7 +357,8 @@ class NSACacheLayer(nn.Module, AttentionLayerBase):
             if isinstance(part, DecodePart):
                 shape = (len(part.seq_lens), -1)
                 queries, gate = q[part.rows].unflatten(0, shape), gates[part.rows].unflatten(0, shape)
-                result = nsa_decode(queries, cache, part.block_table, part.seq_lens, gate, backend=self.backend_name, **common)
+                to = out[part.rows].unflatten(0, shape) if isinstance(part.rows, slice) else None  # indexed rows would be a copy
+                result = nsa_decode(queries, cache, part.block_table, part.seq_lens, gate, out=to, backend=self.backend_name, **common)
             else:
                 kv, compressed = self._keys_of(part, key_sets, value_sets, cache, on_kernels=on_kernels)
                 result = nsa_attention(q[part.rows], kv, gates[part.rows], cu_seqlens=part.plan, compressed=compressed, **common)
@@ -400,7 +401,8 @@ class NSACacheLayer(nn.Module, AttentionLayerBase):
     ) -> None:
         """Keep attention's result for some rows of the step, and their block choices where they are recorded."""
         attended, chosen = result if isinstance(result, tuple) else (result, None)
-        out[rows] = attended.reshape(-1, *out.shape[1:])
+        if attended.untyped_storage().data_ptr() != out.untyped_storage().data_ptr():
+            out[rows] = attended.reshape(-1, *out.shape[1:])
         if self.selected is not None and chosen is not None and step.write is not None:
             slots = self.selected.pages().flatten(0, 1)
             slots[step.write.raw_slots[rows]] = chosen.reshape(-1, *slots.shape[1:]).to(slots.dtype)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nsa.attention import BranchKV, CompressorWeights, LayerCache, Phi, nsa_attention, plan_batch
+from nsa.attention import BranchKV, CompressorWeights, LayerCache, Phi, nsa_attention, nsa_decode, plan_batch
 from nsa.cache import plan_write, read_tokens, write_layer
 from nsa.config import SparsityConfig
 from nsa.kernels.page_read import read_pages
@@ -45,7 +45,7 @@ def filled_cache(config: SparsityConfig, page: int, sets: int, key_dim: int, val
 def test_the_cached_sequences_come_back(config: SparsityConfig, page: int, sets: int, key_dim: int, value_dim: int) -> None:
     cache, table, phi = filled_cache(config, page, sets, key_dim, value_dim)
     key_ends = torch.tensor([0, *LENGTHS]).cumsum(0)
-    query_ends = torch.tensor([0, *(-(-length // 2) for length in LENGTHS)]).cumsum(0)
+    query_ends = torch.tensor([0, *(min(length, 5) for length in LENGTHS)]).cumsum(0)
     plan = plan_batch(query_ends, key_ends, config=config, num_heads=4, device=DEVICE, backend="triton")
     assert isinstance(plan, KernelPlan)
     (keys, values), compressed = read_pages(cache, table, plan, raw=True, config=config)
@@ -72,3 +72,16 @@ def test_compressed_tokens_are_for_the_kernels_and_all_of_them() -> None:
     for backend, message in (("torch", "compressed tokens are for backend 'triton'"), ("triton", "have 9 compressed tokens, got 8")):
         with pytest.raises(ValueError, match=message):
             nsa_attention(q, BranchKV(kv, kv, kv), q[..., :3], phi=None, config=config, compressed=(kv[0][:8], kv[1][:8]), backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_decode_writes_where_it_is_told_to(backend: str) -> None:
+    cache, table, phi = filled_cache(LARGE, 64, 1, 16, 24)
+    q, lengths = torch.randn(len(LENGTHS), 1, 4, 16, device=DEVICE), torch.tensor(LENGTHS, device=DEVICE, dtype=torch.int32)
+    gates, wide = torch.rand(*q.shape[:3], 3, device=DEVICE), torch.full((len(LENGTHS) + 2, 4, 24), torch.nan, device=DEVICE)
+    out = wide[1:-1].unflatten(0, (-1, 1))
+    given = nsa_decode(q, cache, table, lengths, gates, phi=phi, config=LARGE, out=out, backend=backend)
+    assert given.data_ptr() == out.data_ptr() and wide[[0, -1]].isnan().all()
+    torch.testing.assert_close(out, nsa_decode(q, cache, table, lengths, gates, phi=phi, config=LARGE, backend=backend), rtol=0, atol=0)
+    with pytest.raises(ValueError, match=r"out must be \(6, 1, 4, 24\), contiguous"):
+        nsa_decode(q, cache, table, lengths, gates, phi=phi, config=LARGE, out=out[..., :16], backend=backend)
