@@ -18,7 +18,7 @@ ELEMENTS = 4096
 """Of K, V or compressed tokens that a program copies at once: 16 bytes eight times a thread."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_table"])
 def read_kernel(
     Raw, Cmp, Keys, Values, Compressed, Table, Tiles, KeyEnds, CompressedEnds, stride_page, stride_kind, stride_cp, stride_table,
     ROW: tl.constexpr, WIDTH: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, CMP_ROW: tl.constexpr, PAGE: tl.constexpr, PER_PAGE: tl.constexpr,

@@ -28,7 +28,7 @@ FEW_SEQUENCES = 512
 """Steps of up to so many single tokens share one compiled kernel: CUDA graphs are captured for many batch sizes."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_table"])
 def token_kernel(
     Keys, Values, Raw, Table, Rows, Positions, stride_k, stride_kh, stride_v, stride_vh, stride_page, stride_kind, stride_offset, stride_row,
     stride_table, HEADS: tl.constexpr, HEADS2: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr,
@@ -92,7 +92,7 @@ def pool_tile(
     tl.store(Out[:, None] + dims[None, :], pooled.to(Out.dtype.element_ty), mask=valid[:, None] & (dims < DIM)[None, :])
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit(do_not_specialize=["num_tokens", "stride_table"])
 def compressed_kernel(
     Raw, Cmp, Table, Rows, Positions, Complete, KPosition, KUp, KDown, VPosition, VUp, VDown, num_tokens,
     stride_page, stride_kind, stride_offset, stride_row, stride_cp, stride_slot, stride_ch, stride_table,
