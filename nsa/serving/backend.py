@@ -361,7 +361,10 @@ class NSACacheLayer(nn.Module, AttentionLayerBase):
                 result = nsa_decode(queries, cache, part.block_table, part.seq_lens, gate, out=to, backend=self.backend_name, **common)
             else:
                 kv, compressed = self._keys_of(part, key_sets, value_sets, cache, on_kernels=on_kernels)
-                result = nsa_attention(q[part.rows], kv, gates[part.rows], cu_seqlens=part.plan, compressed=compressed, **common)
+                gate = gates[part.rows]
+                if gate.data_ptr() % 16:  # 3·Hq numbers a row: Triton compiles a kernel anew for a pointer that is not aligned
+                    gate = gate.clone()
+                result = nsa_attention(q[part.rows], kv, gate, cu_seqlens=part.plan, compressed=compressed, **common)
             self._store(out, part.rows, result, step)
 
     def _keys_of(
