@@ -227,35 +227,6 @@ def test_a_few_new_tokens_after_a_long_cached_prompt(separate: Served, monkeypat
     assert_exact(separate.model, prompts, results)
 
 
-def test_the_kernels_take_every_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a GPU in Triton's interpreter, so with small blocks and few tokens: whole and cached prefills, few tokens after many one by
-    one and sixteen at a time, decodes."""
-    from nsa.serving.backend import NSAMetadataBuilder
-
-    ways: set[tuple[str, int | bool]] = set()
-    build = NSAMetadataBuilder.build
-
-    def watched(self: Any, *arguments: Any, **named: Any) -> Any:
-        step = build(self, *arguments, **named)
-        for part in step.parts:
-            decoded = hasattr(part, "seq_lens")
-            ways.add(("decode", isinstance(part.rows, slice)) if decoded else ("prefill", part.whole))
-        return step
-
-    monkeypatch.setattr(NSAMetadataBuilder, "build", watched)
-    monkeypatch.setattr("nsa.serving.backend.LONG_CONTEXT", 4)
-    sizes = {"compress_block_size": 8, "compress_stride": 4, "select_block_size": 8, "window_size": 16, "num_hidden_layers": 1}
-    model = checkpoint(tmp_path, **sizes, value_head_dim=24)
-    prompts = random_prompts(1, 64, seed=14)
-    prompts += [[*prompts[1], *end] for end in random_prompts(3, 17, 40, seed=15)]
-    options = {"max_model_len": 128, "max_num_batched_tokens": 96, "hf_overrides": {"attention_backend": "triton"}}
-    with serving(tmp_path, model, **options) as served:
-        results = run(served, prompts[:2], num_tokens=2, record=True) + run(served, prompts[2:], num_tokens=2, record=True)
-    assert [result.num_cached for result in results] == [0, 0, 64, 64, 64]
-    assert ways == {("decode", True), ("decode", False), ("prefill", True), ("prefill", False)}
-    assert_exact(model, prompts, results)
-
-
 def test_preempted_requests_are_computed_again(separate: Served) -> None:
     prompts = random_prompts(*[560] * 7, seed=3)
     scheduler = separate.core.scheduler
@@ -340,6 +311,35 @@ def assert_close(model: NSAForCausalLM, prompts: Sequence[Sequence[int]], result
     equal = float(torch.cat(same).mean()) if same else 1.0
     print("\n".join(["", *report, f"worst {worst:.4f}, lead {lead:.4f}, equal blocks {equal:.5f}"]))
     assert worst <= (0.06 if same else 0.3) and lead <= (0.1 if same else 0.3) and equal >= 0.99, "\n".join(report)
+
+
+def test_the_kernels_take_every_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU in Triton's interpreter, so with small blocks and few tokens: whole and cached prefills, few tokens after many one by
+    one and sixteen at a time, decodes."""
+    from nsa.serving.backend import NSAMetadataBuilder
+
+    ways: set[tuple[str, int | bool]] = set()
+    build = NSAMetadataBuilder.build
+
+    def watched(self: Any, *arguments: Any, **named: Any) -> Any:
+        step = build(self, *arguments, **named)
+        for part in step.parts:
+            decoded = hasattr(part, "seq_lens")
+            ways.add(("decode", isinstance(part.rows, slice)) if decoded else ("prefill", part.whole))
+        return step
+
+    monkeypatch.setattr(NSAMetadataBuilder, "build", watched)
+    monkeypatch.setattr("nsa.serving.backend.LONG_CONTEXT", 4)
+    sizes = {"compress_block_size": 8, "compress_stride": 4, "select_block_size": 8, "window_size": 16, "num_hidden_layers": 1}
+    model = checkpoint(tmp_path, **sizes, value_head_dim=24)
+    prompts = random_prompts(1, 64, seed=14)
+    prompts += [[*prompts[1], *end] for end in random_prompts(3, 17, 40, seed=15)]
+    options = {"max_model_len": 128, "max_num_batched_tokens": 96, "hf_overrides": {"attention_backend": "triton"}}
+    with serving(tmp_path, model, **options) as served:
+        results = run(served, prompts[:2], num_tokens=2, record=True) + run(served, prompts[2:], num_tokens=2, record=True)
+    assert [result.num_cached for result in results] == [0, 0, 64, 64, 64]
+    assert ways == {("decode", True), ("decode", False), ("prefill", True), ("prefill", False)}
+    assert_exact(model, prompts, results)
 
 
 def test_bfloat16_and_pages_of_two_blocks(tmp_path: Path) -> None:
