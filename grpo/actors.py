@@ -276,6 +276,9 @@ class RayEngine:
     def checksum(self) -> int:
         return self._handle.call("checksum")
 
+    def records_selection(self) -> bool:
+        return self._handle.call("records_selection")
+
     def sleep(self) -> None:
         self._handle.call("sleep")
 

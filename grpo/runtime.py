@@ -37,10 +37,14 @@ OPTIMIZER_FILE = "optimizer.pt"
 
 
 class EngineHandle(Engine, Protocol):
-    """An engine that can say which weights it holds."""
+    """An engine that can say which weights it holds and whether it records block choices."""
 
     def checksum(self) -> int:
         """`weight_sync.checksum` of the weights in use."""
+        ...
+
+    def records_selection(self) -> bool:
+        """Whether a request may ask for block choices (`Sampling.record_selection`)."""
         ...
 
 
@@ -161,14 +165,9 @@ class RolloutPart:
         self._engine = build_engine(config)
         self._device, self._num_gpus = resolve_device(config.model.device), config.rollout.tensor_parallel
         self._shared: list[tuple[str, torch.Tensor]] = []
-        self._group: WeightGroup | None = None
 
     def on_hang(self, rescue: Callable[[], None]) -> None:
-        """Have vLLM's watchdog call `rescue` before it ends this process; the built-in engine has none."""
-        from grpo.rollout.vllm_engine import VllmEngine
-
-        if isinstance(self._engine, VllmEngine):
-            self._engine.watchdog.last_action = rescue
+        self._engine.on_hang(rescue)
 
     def place(self) -> Place:
         return own_place(self._device, self._num_gpus)
@@ -183,22 +182,14 @@ class RolloutPart:
         torch.cuda.synchronize()
 
     def join_group(self, address: GroupAddress) -> None:
-        from grpo.rollout.vllm_engine import VllmEngine
-
-        if isinstance(self._engine, VllmEngine):
-            self._engine.join_group(address)
-        else:
-            self._group = WeightGroup(address, 1, self._device)
+        self._engine.join_group(address)
 
     def load_broadcast(self, version: int, infos: Sequence[TensorInfo]) -> None:
         """Receive what the learner sends at the same time."""
-        from grpo.rollout.vllm_engine import VllmEngine
+        self._engine.receive_weights(version, infos)
 
-        if isinstance(self._engine, VllmEngine):
-            self._engine.receive_weights(version, infos)
-            return
-        assert self._group is not None
-        self._engine.load_weights(version, self._group.receive(infos))
+    def records_selection(self) -> bool:
+        return self._engine.records_selection()
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Group]:
         return self._engine.generate(prompts, sampling)

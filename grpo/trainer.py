@@ -233,7 +233,7 @@ class Trainer:
             stop=section.stop,
             seed=fold(self.config.train.seed, "rollout", number, sampling_round),
             group_size=section.group_size,
-            record_selection=algorithm.selection == "replay" or (number % AGREEMENT_EVERY == 1 and section.engine == "torch"),
+            record_selection=algorithm.selection == "replay" or (number % AGREEMENT_EVERY == 1 and self._runtime.engine.records_selection()),
         )
         began = time.perf_counter()
         groups = Timed(self._runtime.engine.generate(prompts, sampling))

@@ -183,6 +183,7 @@ def nsa_attention(
     return_selection: bool = False,
     scale: float | None = None,
     deterministic: bool = False,
+    compressed: KeyValue | None = None,
     backend: str = "auto",
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Native sparse attention over packed sequences (NSA Eq. 3-12).
@@ -201,6 +202,8 @@ def nsa_attention(
         deterministic: outputs, selections and gradients of a sequence are bit-equal whatever else is in the batch (φ's
             own gradients sum over the batch and are bit-equal from run to run, as everything is without it too). A promise of
             the triton backend; the others take the flag and make none. What it costs: scripts/bench/RESULTS.md.
+        compressed: what φ makes of `kv.cmp`, `[C, Hkv, …]` each, every sequence's complete blocks one after the other, where a
+            cache holds it (prefill; triton backend only). `kv.cmp` is then not read.
     Returns:
         `[T, Hq, Dv]` in q's dtype; with `return_selection` also the selection, int16 (int32 above 32,767 blocks).
     Raises:
@@ -213,6 +216,8 @@ def nsa_attention(
     plan = None if isinstance(cu_seqlens, torch.Tensor) else cu_seqlens
     name = resolve_backend(backend, q.device) if plan is None or backend == "reference" else "torch" if isinstance(plan, Packing) else "triton"
     _check_dtype(name, q.dtype)
+    if compressed is not None and name != "triton":
+        raise ValueError(f"backend {name!r} compresses by itself: compressed tokens are for backend 'triton'")
     factor = q.shape[-1] ** -0.5 if scale is None else scale
     if name == "reference":
         from nsa.reference import reference_attention
@@ -244,8 +249,9 @@ def nsa_attention(
     from nsa.kernels import packed
 
     return packed.packed_attention(
-        q, kv, gates, phi=phi, plan=plan, selection=selection, return_selection=return_selection, scale=factor, deterministic=deterministic
-    )
+        q, kv, gates, phi=phi, plan=plan, selection=selection, return_selection=return_selection, scale=factor, deterministic=deterministic,
+        compressed=compressed,
+    )  # fmt: skip
 
 
 def nsa_decode(
@@ -260,6 +266,7 @@ def nsa_decode(
     selection: torch.Tensor | None = None,
     return_selection: bool = False,
     scale: float | None = None,
+    out: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Native sparse attention of the last token(s) of sequences whose K/V (these tokens' included) lie in a paged cache.
@@ -275,6 +282,7 @@ def nsa_decode(
         gates: `[B, m, Hq, 3]`.
         phi: unused by the torch backend (compressed tokens are cached); part of the signature for kernels that fuse φ.
         selection: `[B, m, Hkv, n]` as in `nsa_attention`.
+        out: contiguous `[B, m, Hq, Dv]` in q's dtype, to be written to and returned.
     Returns:
         `[B, m, Hq, Dv]`; with `return_selection` also the selection `[B, m, Hkv, n]`.
     Raises:
@@ -284,6 +292,9 @@ def nsa_decode(
         raise ValueError(f"q must be [B, m, Hq, Dk] and gates [B, m, Hq, 3], got {tuple(q.shape)} and {tuple(gates.shape)}")
     if block_table.shape[0] != q.shape[0] or seq_lens.shape != q.shape[:1]:
         raise ValueError(f"block_table must be [B, P] and seq_lens [B] with B={q.shape[0]}, got {tuple(block_table.shape)}, {tuple(seq_lens.shape)}")
+    shape = (*q.shape[:3], cache.value_dim)
+    if out is not None and (out.shape != shape or out.dtype != q.dtype or not out.is_contiguous()):
+        raise ValueError(f"out must be {shape}, contiguous, {q.dtype}; got {tuple(out.shape)}, strides {out.stride()}, {out.dtype}")
     name = resolve_backend(backend, q.device)
     _check_dtype(name, q.dtype)
     if name == "reference":
@@ -294,4 +305,6 @@ def nsa_decode(
         from nsa.torch_backend import paged_decode
 
     factor = q.shape[-1] ** -0.5 if scale is None else scale
-    return paged_decode(q, cache, block_table, seq_lens, gates, config=config, selection=selection, return_selection=return_selection, scale=factor)
+    return paged_decode(
+        q, cache, block_table, seq_lens, gates, config=config, selection=selection, return_selection=return_selection, scale=factor, out=out
+    )

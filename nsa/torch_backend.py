@@ -229,9 +229,10 @@ def _attend_tokens(
 
 def paged_decode(
     q: torch.Tensor, cache: LayerCache, block_table: torch.Tensor, seq_lens: torch.Tensor, gates: torch.Tensor, *, config: SparsityConfig,
-    selection: torch.Tensor | None, return_selection: bool, scale: float,
+    selection: torch.Tensor | None, return_selection: bool, scale: float, out: torch.Tensor | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """`nsa_decode` in plain PyTorch; see there."""
+    target = out
     num_new, num_heads = q.shape[1:3]
     heads, page_size = cache.num_kv_heads, cache.page_size
     group = num_heads // heads
@@ -257,6 +258,7 @@ def paged_decode(
         near = _attend_tokens(grouped, cache, block_table, tokens, (tokens >= 0) & (tokens <= at), branch_set, scale)
         out = out + weights[..., index : index + 1].to(out.dtype) * near
     out = out.permute(0, 3, 1, 2, 4).flatten(2, 3).to(q.dtype)
+    out = out if target is None else target.copy_(out)
     if not return_selection:
         return out
     return out, chosen.transpose(1, 2).to(selection_dtype(capacity, config))

@@ -11,7 +11,8 @@ Leaves out preemption (a sample reserves its pages when it starts), prefix shari
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -30,6 +31,9 @@ from nsa.blocks import selection_dtype
 from nsa.cache import NSACache
 from nsa.config import NSAConfig
 from nsa.model import NSAForCausalLM
+
+if TYPE_CHECKING:
+    from grpo.transfer import GroupAddress, TensorInfo, WeightGroup
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +84,7 @@ class TorchEngine:
         self._running: Generation | None = None
         self._asleep = self._closed = False
         self._fault: str | None = None
+        self._group: WeightGroup | None = None
         self._tokens_made = self._steps_made = 0
 
     # Sampling
@@ -219,6 +224,25 @@ class TorchEngine:
         load_named(self.model, named_tensors)
         self._fault = None
         self._version = version
+
+    def join_group(self, address: GroupAddress) -> None:
+        """Join the group that weights are broadcast in, as rank 1; all its members do so at the same time."""
+        from grpo.transfer import WeightGroup
+
+        self._group = WeightGroup(address, 1, self.device)
+
+    def receive_weights(self, version: int, infos: Sequence[TensorInfo]) -> None:
+        """As `load_weights`, with what the group's rank 0 sends at the same time."""
+        if self._group is None:
+            raise RuntimeError("receive_weights before join_group")
+        self.load_weights(version, self._group.receive(infos))
+
+    def records_selection(self) -> bool:
+        """Whether a request may ask for block choices: any may."""
+        return True
+
+    def on_hang(self, rescue: Callable[[], None]) -> None:
+        """Nothing: no call of this engine can hang."""
 
     def checksum(self) -> int:
         """`weight_sync.checksum` of the weights in use."""

@@ -323,6 +323,14 @@ class VllmEngine:
 
     # Life cycle
 
+    def records_selection(self) -> bool:
+        """Whether a request may ask for block choices: where vLLM was started with the buffers for it."""
+        return self._records
+
+    def on_hang(self, rescue: Callable[[], None]) -> None:
+        """What the watchdog does before it ends this process, when a call into vLLM passes its deadline."""
+        self.watchdog.last_action = rescue
+
     def sleep(self) -> None:
         """Forget cached prompts, and where the GPU is shared give back weights' and cache's memory: `load_weights` fills the
         weights anew. Does nothing on an engine that sleeps."""

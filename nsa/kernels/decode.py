@@ -150,7 +150,7 @@ def starts_early(device: torch.device) -> bool:
 
 def paged_decode(
     q: torch.Tensor, cache: LayerCache, block_table: torch.Tensor, seq_lens: torch.Tensor, gates: torch.Tensor, *, config: SparsityConfig,
-    selection: torch.Tensor | None, return_selection: bool, scale: float, tiles: DecodeTiles | None = None,
+    selection: torch.Tensor | None, return_selection: bool, scale: float, out: torch.Tensor | None = None, tiles: DecodeTiles | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """`nsa_decode` on Triton kernels; see there. A padded row (length 0) gets output 0 and selection −1.
 
@@ -161,7 +161,7 @@ def paged_decode(
     heads, page_size, value_dim = cache.num_kv_heads, cache.page_size, cache.value_dim
     group, capacity = num_heads // heads, block_table.shape[1] * page_size
     tiles = tiles or decode_tiles(q, cache, capacity, config)
-    out = q.new_empty(batch, num_new, num_heads, value_dim)
+    out = q.new_empty(batch, num_new, num_heads, value_dim) if out is None else out
     used = torch.empty(batch, num_new, heads, config.num_selected_blocks, dtype=selection_dtype(capacity, config), device=q.device)
     if not batch:
         return (out, used) if return_selection else out

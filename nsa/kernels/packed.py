@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nsa.attention import RECOMPUTE, BranchKV, Phi, replayed
+from nsa.attention import RECOMPUTE, BranchKV, KeyValue, Phi, replayed
 from nsa.blocks import selection_dtype
 from nsa.config import SparsityConfig
 from nsa.kernels.banded import Band, BandTensors, banded_forward, both_dq, key_gradients
@@ -200,10 +200,12 @@ class SparseAttention(torch.autograd.Function):
 
 def packed_attention(
     q: Tensor, kv: BranchKV, gates: Tensor, *, phi: Phi | None, plan: KernelPlan, selection: Tensor | None, return_selection: bool, scale: float,
-    deterministic: bool,
+    deterministic: bool, compressed: KeyValue | None,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """`nsa_attention` on the kernels; see there. `plan` holds the configuration."""
     config = plan.config
+    if compressed is not None and compressed[0].shape[0] != plan.num_compressed:
+        raise ValueError(f"the sequences have {plan.num_compressed} compressed tokens, got {compressed[0].shape[0]}")
     if plan.num_queries != q.shape[0] or plan.num_key_rows != kv.slc[0].shape[0]:
         raise ValueError(f"cu_seqlens counts {plan.num_queries} queries and {plan.num_key_rows} keys, got {q.shape[0]} and {kv.slc[0].shape[0]}")
     tensors: dict[int, Tensor] = {}
@@ -218,8 +220,11 @@ def packed_attention(
         out = q.new_zeros(0, q.shape[1], v_slc.shape[2])
         return (out, torch.zeros(0, k_slc.shape[1], config.num_selected_blocks, dtype=dtype, device=q.device)) if return_selection else out
     with torch.autocast(q.device.type, enabled=False):
-        pairs = ((k_cmp, phi.k if phi else None), (v_cmp, phi.v if phi else None))
-        kc, vc = (compress(x, weights, plan, config, deterministic=deterministic) for x, weights in pairs)
+        if compressed is None:
+            pairs = ((k_cmp, phi.k if phi else None), (v_cmp, phi.v if phi else None))
+            kc, vc = (compress(x, weights, plan, config, deterministic=deterministic) for x, weights in pairs)
+        else:
+            kc, vc = (x.to(q.dtype) for x in compressed)
         inputs = (q, kc, vc, k_slc, v_slc, k_win, v_win, gates)
         keep = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
         if torch.compiler.is_compiling():

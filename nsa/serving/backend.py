@@ -14,10 +14,11 @@ Leaves out the model (model.py) and what differs between vLLM versions (versions
 # pyright: reportMissingImports=false, reportMissingModuleSource=false
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
 import torch
 from torch import nn
 from vllm.config import get_current_vllm_config
@@ -26,9 +27,10 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.utils.torch_utils import direct_register_custom_op
 from vllm.v1.attention.backend import AttentionBackend, AttentionCGSupport, AttentionMetadata, AttentionMetadataBuilder, CommonAttentionMetadata
 
-from nsa.attention import BranchKV, LayerCache, nsa_attention, nsa_decode, plan_batch, resolve_backend
+from nsa.attention import BranchKV, KeyValue, LayerCache, nsa_attention, nsa_decode, plan_batch, resolve_backend
 from nsa.blocks import selection_dtype
 from nsa.cache import CacheWrite, plan_write, read_tokens, write_layer
+from nsa.packing import Packing
 from nsa.serving.plugin import ATTENTION_OP
 from nsa.serving.versions import as_pages, raw_spec, side_spec
 from nsa.serving.warmup import warm_up
@@ -40,35 +42,39 @@ if TYPE_CHECKING:
     from nsa.attention import Phi
     from nsa.config import NSAConfig, SparsityConfig
     from nsa.kernels.tiles import KernelPlan
-    from nsa.packing import Packing
 
-GATHERED_KEYS = 2**16
+GATHERED_KEYS = 2**18
 """Cached tokens that one attention call of a prefill step copies out of the pages, at least one sequence's."""
 DECODE_TOKENS = 512
 """Tokens of one decode call of a step with prefills; its scratch memory grows with them."""
-LONG_CONTEXT = 32
-"""New tokens are attended to one by one where the sequence is at least so many times as long."""
+TOGETHER = 16
+"""Neighbouring tokens of a sequence that such a call takes as one: they read the compressed tokens together."""
+LONG_CONTEXT = 512
+"""New tokens are attended to by decode calls where the sequence is at least so many times as long: a call costs about 2 µs a token, and
+copying about 2 ns a cached one (H100, 1b shape)."""
 RECORD_SELECTION = "nsa_record_selection"
 """Key of vLLM's `additional_config`: keep every token's block choices beside its page."""
 
 
 @dataclass(frozen=True, slots=True)
 class DecodePart:
-    """Neighbouring tokens of a step that are attended to one by one, each as the last of a sequence: their rows among the step's
-    tokens, block table `[B, P]` and lengths `[B]`, 0 for padding."""
+    """Tokens of a step that are attended to as the last m of a sequence: B·m rows of the step's tokens (m neighbours after one another),
+    block table `[B, P]` and lengths `[B]`, 0 for padding."""
 
-    rows: slice
+    rows: slice | torch.Tensor
     block_table: torch.Tensor
     seq_lens: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
 class PrefillPart:
-    """Neighbouring sequences of a step that are prefilled in one call: their rows among the step's tokens, the plan, and
-    the raw slots of all their keys (None where the new tokens are the whole sequences)."""
+    """Neighbouring sequences of a step that are prefilled in one call: their rows among the step's tokens, the plan, whether the new
+    tokens are the whole sequences, the block table `[N, P]`, and, for the torch backend, the raw slots of all keys that are cached."""
 
     rows: slice
     plan: Packing | KernelPlan
+    whole: bool
+    block_table: torch.Tensor
     key_slots: torch.Tensor | None
 
 
@@ -119,14 +125,14 @@ class NSAMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
             table, lengths = common.block_table_tensor[: common.num_reqs, :columns], common.seq_lens[: common.num_reqs]
             part = DecodePart(slice(0, common.num_reqs), table, lengths)
             return StepMetadata(num_tokens=common.num_reqs, block_table=table, seq_lens=lengths, parts=(part,))
-        ends = common.query_start_loc_cpu.long()
-        counts = ends.diff()
+        ends = common.query_start_loc_cpu.numpy().astype(np.int64)
+        counts = np.diff(ends)
         num_rows = int((counts > 0).sum())  # padded rows, at the end, have no tokens
         ends, counts, lengths = ends[: num_rows + 1], counts[:num_rows], self._host_lengths(common)[:num_rows]
-        rows = torch.arange(num_rows).repeat_interleave(counts)
-        positions = torch.arange(len(rows)) - ends[rows] + (lengths - counts)[rows]
+        rows = np.repeat(np.arange(num_rows), counts)
+        positions = np.arange(len(rows)) + (lengths - ends[1:])[rows]
         l, d = self.sparsity.compress_block_size, self.sparsity.compress_stride
-        complete = ((positions >= l - 1) & ((positions - (l - 1)) % d == 0)).nonzero().flatten()
+        (complete,) = ((positions >= l - 1) & ((positions - (l - 1)) % d == 0)).nonzero()
         step = StepMetadata(
             num_tokens=len(rows),
             block_table=common.block_table_tensor[:num_rows, :columns],
@@ -140,59 +146,65 @@ class NSAMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
         return step
 
     @staticmethod
-    def _host_lengths(common: CommonAttentionMetadata) -> torch.Tensor:
+    def _host_lengths(common: CommonAttentionMetadata) -> np.ndarray:
         """int64 `[B]` on the host: exact, as there is no speculative decoding."""
         lengths = common.seq_lens_cpu_upper_bound
-        return (common.seq_lens.cpu() if lengths is None else lengths).long()
+        return (common.seq_lens.cpu() if lengths is None else lengths).numpy().astype(np.int64)
 
-    def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
+    def _to_device(self, array: np.ndarray) -> torch.Tensor:
+        tensor = torch.from_numpy(array)
         if self.device.type == "cuda":
             tensor = tensor.pin_memory()
         return tensor.to(self.device, non_blocking=True)
 
-    def _parts(self, step: StepMetadata, ends: torch.Tensor, counts: torch.Tensor, lengths: torch.Tensor) -> Iterator[DecodePart | PrefillPart]:
-        """The step's sequences in calls of one way each: token by token, whole, or with cached tokens that are copied together.
+    def _parts(self, step: StepMetadata, ends: np.ndarray, counts: np.ndarray, lengths: np.ndarray) -> Iterator[DecodePart | PrefillPart]:
+        """The step's sequences in calls of one way each: single tokens, few tokens after many, and everything else.
 
-        Token by token costs n·l' + w + s/d tokens each and nothing more; it is also for the few new tokens after a long cached
-        prompt, where copying all of it would cost more."""
-        alone = (counts == 1) | ((counts <= self.page_size) & (lengths >= LONG_CONTEXT * counts) & (lengths > counts))
-        ways = torch.where(alone, 0, torch.where(lengths > counts, 1, 2)).tolist()
-        keys, starts = lengths.tolist(), ends.tolist()
+        The first two cost n·l' + w + s/d tokens each and nothing more. They are for the few new tokens after a long cached prompt
+        too, where copying all of it would cost more."""
+        few = (counts <= self.page_size) & (lengths >= LONG_CONTEXT * counts) & (lengths > counts)
+        ways = np.where(counts == 1, 0, np.where(few, 1, 2)).tolist()
+        keys = lengths.tolist()
         first = 0
         while first < len(keys):
             last, total = first + 1, keys[first]
-            while last < len(keys) and ways[last] == ways[first] and (ways[first] != 1 or total + keys[last] <= GATHERED_KEYS):
+            while last < len(keys) and ways[last] == ways[first] and (ways[first] != 2 or total + keys[last] <= GATHERED_KEYS):
                 total += keys[last]
                 last += 1
             if ways[first] == 0:
-                yield from self._token_parts(step, first, last, starts)
+                yield DecodePart(slice(int(ends[first]), int(ends[last])), step.block_table[first:last], step.seq_lens[first:last])
+            elif ways[first] == 1:
+                yield from self._few_parts(step, ends[first:last], counts[first:last])
             else:
-                yield self._prefill_part(step, first, last, ends, lengths, cached=ways[first] == 1)
+                yield self._prefill_part(step, first, last, ends, lengths)
             first = last
 
-    @staticmethod
-    def _token_parts(step: StepMetadata, first: int, last: int, starts: list[int]) -> Iterator[DecodePart]:
-        start, end = starts[first], starts[last]
-        if end - start == last - first:
-            yield DecodePart(slice(start, end), step.block_table[first:last], step.seq_lens[first:last])
-            return
+    def _few_parts(self, step: StepMetadata, starts: np.ndarray, counts: np.ndarray) -> Iterator[DecodePart]:
+        """The last TOGETHER · k tokens of each sequence by TOGETHER, those before them one by one."""
         assert step.rows_T is not None and step.positions_T is not None
-        for begin in range(start, end, DECODE_TOKENS):
-            rows = slice(begin, min(begin + DECODE_TOKENS, end))
-            yield DecodePart(rows, step.block_table[step.rows_T[rows]], (step.positions_T[rows] + 1).int())
+        for together, skipped, taken in ((1, 0 * counts, counts % TOGETHER), (TOGETHER, counts % TOGETHER, counts - counts % TOGETHER)):
+            inner = np.arange(taken.sum()) - np.repeat(taken.cumsum() - taken, taken)
+            rows = self._to_device(np.repeat(starts + skipped, taken) + inner)
+            size = max(1, DECODE_TOKENS // together) * together
+            for begin in range(0, len(rows), size):
+                part = rows[begin : begin + size]
+                last = part[together - 1 :: together]
+                yield DecodePart(part, step.block_table[step.rows_T[last]], (step.positions_T[last] + 1).int())
 
-    def _prefill_part(self, step: StepMetadata, first: int, last: int, ends: torch.Tensor, lengths: torch.Tensor, *, cached: bool) -> PrefillPart:
-        query_ends = ends[first : last + 1] - ends[first]
-        key_ends = torch.cat([torch.zeros(1, dtype=torch.long), lengths[first:last].cumsum(0)])
-        plan = plan_batch(query_ends, key_ends, config=self.sparsity, num_heads=self.num_heads, device=self.device, backend=self.backend_name)
-        slots = None
-        if cached:
-            sequence = torch.arange(first, last).repeat_interleave(lengths[first:last])
-            position = torch.arange(len(sequence)) - key_ends[:-1].repeat_interleave(lengths[first:last])
-            page = self._to_device(position // self.page_size)
-            offset = self._to_device(position % self.page_size)
-            slots = step.block_table[self._to_device(sequence), page].long() * self.page_size + offset
-        return PrefillPart(slice(int(ends[first]), int(ends[last])), plan, slots)
+    def _prefill_part(self, step: StepMetadata, first: int, last: int, ends: np.ndarray, lengths: np.ndarray) -> PrefillPart:
+        lengths, query_ends = lengths[first:last], ends[first : last + 1] - ends[first]
+        key_ends = np.concatenate([[0], lengths.cumsum()])
+        whole = bool((query_ends == key_ends).all())
+        plan = plan_batch(
+            torch.from_numpy(query_ends), torch.from_numpy(key_ends), config=self.sparsity, num_heads=self.num_heads, device=self.device,
+            backend=self.backend_name,
+        )  # fmt: skip
+        table, slots = step.block_table[first:last], None
+        if not whole and not self.on_kernels:
+            position = np.arange(key_ends[-1]) - np.repeat(key_ends[:-1], lengths)
+            sequence, page = np.repeat(np.arange(len(lengths)), lengths), position // self.page_size
+            slots = table[self._to_device(sequence), self._to_device(page)].long() * self.page_size + self._to_device(position % self.page_size)
+        return PrefillPart(slice(int(ends[first]), int(ends[last])), plan, whole, table, slots)
 
 
 class SideMetadataBuilder(AttentionMetadataBuilder[AttentionMetadata]):
@@ -343,16 +355,36 @@ class NSACacheLayer(nn.Module, AttentionLayerBase):
         common: dict[str, Any] = {"phi": phi, "config": self.sparsity, "return_selection": self.selected is not None}
         for part in step.parts:
             if isinstance(part, DecodePart):
-                queries, gate = q[part.rows, None], gates[part.rows, None]
-                result = nsa_decode(queries, cache, part.block_table, part.seq_lens, gate, backend=self.backend_name, **common)
-                self._store(out, part.rows, result, step)
-                continue
-            if part.key_slots is None:
-                sets = [(k[part.rows], v[part.rows]) for k, v in zip(key_sets, value_sets, strict=True)]
+                shape = (len(part.seq_lens), -1)
+                queries, gate = q[part.rows].unflatten(0, shape), gates[part.rows].unflatten(0, shape)
+                to = out[part.rows].unflatten(0, shape) if isinstance(part.rows, slice) else None  # indexed rows would be a copy
+                result = nsa_decode(queries, cache, part.block_table, part.seq_lens, gate, out=to, backend=self.backend_name, **common)
             else:
-                sets = list(zip(*read_tokens(cache, part.key_slots), strict=True))
-            kv = BranchKV(*sets) if len(sets) == 3 else BranchKV(sets[0], sets[0], sets[0])
-            self._store(out, part.rows, nsa_attention(q[part.rows], kv, gates[part.rows], cu_seqlens=part.plan, **common), step)
+                kv, compressed = self._keys_of(part, key_sets, value_sets, cache, on_kernels=on_kernels)
+                gate = gates[part.rows]
+                if gate.data_ptr() % 16:  # 3·Hq numbers a row: Triton compiles a kernel anew for a pointer that is not aligned
+                    gate = gate.clone()
+                result = nsa_attention(q[part.rows], kv, gate, cu_seqlens=part.plan, compressed=compressed, **common)
+            self._store(out, part.rows, result, step)
+
+    def _keys_of(
+        self, part: PrefillPart, key_sets: Sequence[torch.Tensor], value_sets: Sequence[torch.Tensor], cache: LayerCache, *, on_kernels: bool
+    ) -> tuple[BranchKV, KeyValue | None]:
+        """K and V of a prefill's sequences, and on the kernels also their compressed tokens, which the cache holds by now."""
+        compressed = None
+        if part.whole:
+            key_sets, value_sets = ([x[part.rows] for x in sets] for sets in (key_sets, value_sets))
+        if on_kernels:
+            from nsa.kernels.page_read import read_pages
+
+            assert not isinstance(part.plan, Packing)
+            read, compressed = read_pages(cache, part.block_table, part.plan, raw=not part.whole, config=self.sparsity)
+            if not part.whole:
+                key_sets, value_sets = (x.split(self.num_kv_heads, dim=1) for x in read)
+        elif part.key_slots is not None:
+            key_sets, value_sets = read_tokens(cache, part.key_slots)
+        sets = list(zip(key_sets, value_sets, strict=True))
+        return BranchKV(*sets) if len(sets) == 3 else BranchKV(sets[0], sets[0], sets[0]), compressed
 
     def measure(self, q: torch.Tensor) -> None:
         """Before the caches exist, on a GPU: compile what prefills need, and take the memory that one of cached sequences takes."""
@@ -365,12 +397,15 @@ class NSACacheLayer(nn.Module, AttentionLayerBase):
             max_length=self.max_length, record=self.selected is not None,
         )  # fmt: skip
         gathered = (max(GATHERED_KEYS, self.max_length), self.num_rows, 2 * max(self.key_dim, self.value_dim))
-        torch.empty(2, *gathered, dtype=self.dtype, device=q.device)
+        torch.empty(*gathered, dtype=self.dtype, device=q.device)
 
-    def _store(self, out: torch.Tensor, rows: slice, result: torch.Tensor | tuple[torch.Tensor, torch.Tensor], step: StepMetadata) -> None:
+    def _store(
+        self, out: torch.Tensor, rows: slice | torch.Tensor, result: torch.Tensor | tuple[torch.Tensor, torch.Tensor], step: StepMetadata
+    ) -> None:
         """Keep attention's result for some rows of the step, and their block choices where they are recorded."""
         attended, chosen = result if isinstance(result, tuple) else (result, None)
-        out[rows] = attended.reshape(out[rows].shape)
+        if attended.untyped_storage().data_ptr() != out.untyped_storage().data_ptr():
+            out[rows] = attended.reshape(-1, *out.shape[1:])
         if self.selected is not None and chosen is not None and step.write is not None:
             slots = self.selected.pages().flatten(0, 1)
             slots[step.write.raw_slots[rows]] = chosen.reshape(-1, *slots.shape[1:]).to(slots.dtype)

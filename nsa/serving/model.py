@@ -25,7 +25,7 @@ from nsa.attention import Phi
 from nsa.layers import BranchGates, Compressor, RMSNorm, RotaryEmbedding, rotate
 from nsa.serving.backend import NSACacheLayer
 from nsa.serving.versions import request_pages
-from nsa.serving.weights import HfParameter, hf_parameters, make_live
+from nsa.serving.weights import HfParameter, hf_parameters, make_live, own_rows
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 KEY_NAMES = {"separate": ("cmp_k_proj", "k_proj", "win_k_proj"), "shared": ("k_proj",)}
 VALUE_NAMES = {"separate": ("cmp_v_proj", "v_proj", "win_v_proj"), "shared": ("v_proj",)}
+GATE_ROWS = 16
+"""The gates' logits take a multiple of so many columns of a layer's one product: each of its rows then begins at 16 bytes."""
 
 
 def default_loader(parameter: nn.Parameter, loaded: torch.Tensor) -> None:
@@ -41,6 +43,23 @@ def default_loader(parameter: nn.Parameter, loaded: torch.Tensor) -> None:
     if parameter.shape != loaded.shape:
         raise ValueError(f"a parameter of shape {tuple(parameter.shape)} was given {tuple(loaded.shape)}")
     parameter.data.copy_(loaded)
+
+
+def gates_in_product(config: NSAConfig) -> bool:
+    """Whether a layer's one product gives the gates' logits too: a product of their own takes as long as a small kernel. Their bias
+    stands alone, so the product must have none."""
+    return config.gate != "fixed" and not config.attention_bias
+
+
+def padded_rows(count: int) -> int:
+    """`count` rounded up to GATE_ROWS."""
+    return -(-count // GATE_ROWS) * GATE_ROWS
+
+
+def padded_gates(weight: torch.Tensor, ranks: int) -> torch.Tensor:
+    """The gates' weights `[3·Hq, E]` with zeros after each rank's rows, as the one product holds them."""
+    rows = weight.shape[0] // ranks
+    return nn.functional.pad(weight.unflatten(0, (ranks, rows)), (0, 0, 0, padded_rows(rows) - rows)).flatten(0, 1)
 
 
 class ServedMLP(nn.Module):
@@ -59,8 +78,23 @@ class ServedMLP(nn.Module):
         return self.down_proj(self.activation(gate) * up)
 
 
+class GateBias(nn.Module):
+    """The bias of gates whose logits come out of the layer's one product: `[3·Hq]` of this rank's heads."""
+
+    def __init__(self, num_heads: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(3 * num_heads, dtype=dtype), requires_grad=False)
+        self.bias.weight_loader = load_own_rows  # type: ignore[attr-defined]
+
+
+def load_own_rows(parameter: nn.Parameter, loaded: torch.Tensor) -> None:
+    """Copy this rank's rows of a tensor whose rows are split over the ranks."""
+    rows = parameter.shape[0]
+    default_loader(parameter, loaded[get_tensor_model_parallel_rank() * rows :][:rows])
+
+
 class ServedAttention(nn.Module):
-    """`nsa.layers.NSAAttention` with one product for queries and all K and V sets, in the order q, keys, values."""
+    """`nsa.layers.NSAAttention` with one product for queries, all K and V sets and (where it has no bias) the gates' logits, in this order."""
 
     def __init__(self, config: NSAConfig, dtype: torch.dtype, layer_index: int, prefix: str) -> None:
         super().__init__()
@@ -73,6 +107,11 @@ class ServedAttention(nn.Module):
         num_sets, hidden = len(KEY_NAMES[config.kv]), config.hidden_size
         sizes = [config.num_attention_heads * self.key_dim, *[key_size] * num_sets, *[value_size] * num_sets]
         self.widths = [sizes[0] // ranks, num_sets * key_size // ranks, num_sets * value_size // ranks]
+        self.one_product = gates_in_product(config)
+        if self.one_product:
+            self.widths.append(padded_rows(3 * self.num_heads))
+            sizes.append(self.widths[-1] * ranks)
+            self.branch_gate: Any = GateBias(self.num_heads, dtype)
         self.qkv_proj = MergedColumnParallelLinear(hidden, sizes, bias=config.attention_bias, return_bias=False, prefix=f"{prefix}.qkv_proj")
         self.o_proj = RowParallelLinear(
             config.num_attention_heads * self.value_dim, hidden, bias=config.attention_output_bias, return_bias=False, prefix=f"{prefix}.o_proj"
@@ -82,20 +121,30 @@ class ServedAttention(nn.Module):
             self.k_norm = RMSNorm(self.key_dim, config.rms_norm_eps)
         if config.compressor == "mlp":
             self.phi_k, self.phi_v = Compressor(config, self.key_dim), Compressor(config, self.value_dim)
-        if config.gate != "fixed":
+        if config.gate != "fixed" and not self.one_product:
             self.branch_gate = ColumnParallelLinear(
                 hidden, 3 * config.num_attention_heads, bias=True, return_bias=False, prefix=f"{prefix}.branch_gate"
             )
         if config.gate == "blend":
             self.branch_mix = nn.Parameter(torch.zeros(self.num_heads, 3), requires_grad=False)
-            self.branch_mix.weight_loader = self._load_own_heads  # type: ignore[attr-defined]
+            self.branch_mix.weight_loader = load_own_rows  # type: ignore[attr-defined]
         self.gates = BranchGates(config)
         self.gates.num_heads = self.num_heads
         name = f"{prefix}.attention"
         self.attention = NSACacheLayer(config, name, first=layer_index == 0, num_kv_heads=self.num_kv_heads, dtype=dtype, phi=self.phi)
 
-    def _load_own_heads(self, parameter: nn.Parameter, loaded: torch.Tensor) -> None:
-        default_loader(parameter, loaded[get_tensor_model_parallel_rank() * self.num_heads :][: self.num_heads])
+    def gate_rows(self) -> torch.Tensor:
+        """The rows of the one product that are the gates' weights, `[3·Hq, E]`."""
+        return self.qkv_proj.weight.data[sum(self.widths[:-1]) :][: 3 * self.num_heads]
+
+    def _gate_logits(self, x: torch.Tensor, product: list[torch.Tensor]) -> torch.Tensor | None:
+        """`[T, 3·Hq]` in the weights' dtype, rounded once after the bias as a linear layer does."""
+        if self.config.gate == "fixed":
+            return None
+        if not self.one_product:
+            return self.branch_gate(x)
+        logits = product[0][:, : 3 * self.num_heads]
+        return (logits.float() + self.branch_gate.bias.float()).to(self.dtype)
 
     def phi(self) -> Phi | None:
         """The compressor's tensors, None for the mean."""
@@ -104,13 +153,12 @@ class ServedAttention(nn.Module):
     def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """x fp32 `[T, E]` (normed); cos, sin `[T, 1, Dk]` → `[T, E]`."""
         x = x.to(self.dtype)
-        queries, keys, values = self.qkv_proj(x).split(self.widths, dim=-1)
+        queries, keys, values, *rest = self.qkv_proj(x).split(self.widths, dim=-1)
         queries, keys = queries.unflatten(-1, (-1, self.key_dim)), keys.unflatten(-1, (-1, self.key_dim))
         if self.config.qk_norm:
             queries, keys = self.q_norm(queries).to(self.dtype), self.k_norm(keys).to(self.dtype)
         queries, keys = rotate(queries, cos, sin), rotate(keys, cos, sin)
-        logits = self.branch_gate(x) if self.config.gate != "fixed" else None
-        gates = self.gates(logits, self.branch_mix if self.config.gate == "blend" else None, x.shape[0], x.device)
+        gates = self.gates(self._gate_logits(x, rest), self.branch_mix if self.config.gate == "blend" else None, x.shape[0], x.device)
         out = self.attention(queries, keys, values.unflatten(-1, (-1, self.value_dim)), gates)
         return self.o_proj(out.flatten(1))
 
@@ -174,6 +222,7 @@ class NSAForCausalLM(nn.Module):
             self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
         self.logits_processor = LogitsProcessor(config.vocab_size)
         self.merged = {"qkv_proj": ("q_proj", *KEY_NAMES[config.kv], *VALUE_NAMES[config.kv]), "gate_up_proj": ("gate_proj", "up_proj")}
+        self.one_product = gates_in_product(config)
         self.shards = {name: (layer, index) for layer, names in self.merged.items() for index, name in enumerate(names)}
         make_live(self)
 
@@ -211,6 +260,9 @@ class NSAForCausalLM(nn.Module):
             if component in self.shards:
                 layer, shard = self.shards[component]
                 target = ".".join([*stem, layer, leaf])
+            elif (component, leaf) == ("branch_gate", "weight") and self.one_product:
+                shard, target = len(self.merged["qkv_proj"]), ".".join([*stem, "qkv_proj", leaf])
+                tensor = padded_gates(tensor, get_tensor_model_parallel_world_size())
             if target not in parameters:
                 raise ValueError(f"the checkpoint has a tensor {name!r} that an NSA model of this configuration does not have")
             parameter = parameters[target]
@@ -221,7 +273,10 @@ class NSAForCausalLM(nn.Module):
 
     def hf_parameters(self) -> Iterator[HfParameter]:
         """Every tensor of the checkpoint once, as a view of the live parameters, to be written in place."""
-        return hf_parameters(self, self.merged, self.config.tie_word_embeddings)
+        yield from hf_parameters(self, self.merged, self.config.tie_word_embeddings)
+        for name, module in self.named_modules():
+            if isinstance(module, ServedAttention) and module.one_product:
+                yield own_rows(f"{name}.branch_gate.weight", module.gate_rows())
 
     def read_selection(self, runner: Any, request_id: str, num_tokens: int) -> torch.Tensor:
         """Block choices of a request's first tokens, cached ones included.

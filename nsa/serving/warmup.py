@@ -10,8 +10,8 @@ import torch
 from nsa.attention import BranchKV, LayerCache, Phi, nsa_attention, nsa_decode, plan_batch
 from nsa.config import SparsityConfig
 
-DECODES = (1, 16, 64, 512)
-"""Sequences of the decode calls: how a call is cut into programs depends on their number."""
+DECODES = ((1, 1), (16, 1), (64, 1), (512, 1), (1, 16), (8, 16), (32, 16))
+"""Sequences of the decode calls and tokens of each: how a call is cut into programs depends on their numbers."""
 
 
 def prefill_lengths(num_tokens: int, max_length: int) -> list[tuple[int, int, int]]:
@@ -42,9 +42,14 @@ def warm_up(
     Args:
         phi: the compressor's tensors; None for the mean. record: selections are asked for.
     """
+    from nsa.kernels.page_read import read_pages
     from nsa.kernels.page_write import write_pages
+    from nsa.kernels.tiles import KernelPlan
 
     rows = num_sets * num_kv_heads
+    raw = torch.zeros(2, 2, page_size, rows, max(key_dim, value_dim), dtype=dtype, device=device)
+    cmp = torch.zeros(2, page_size // config.compress_stride, num_kv_heads, key_dim + value_dim, dtype=dtype, device=device)
+    cache = LayerCache(raw, cmp, key_dim, value_dim, num_sets)
     for count, queries, keys in prefill_lengths(num_tokens, max_length):
         q = torch.zeros(count * queries, num_heads, key_dim, dtype=dtype, device=device)
         gates = torch.ones(*q.shape[:2], 3, device=device)
@@ -53,13 +58,13 @@ def warm_up(
         kv = BranchKV(*sets) if num_sets == 3 else BranchKV(sets[0], sets[0], sets[0])
         ends = torch.arange(count + 1)
         plan = plan_batch(ends * queries, ends * keys, config=config, num_heads=num_heads, device=device, backend="triton")
-        nsa_attention(q, kv, gates, phi=phi, config=config, cu_seqlens=plan, return_selection=record)
-    raw = torch.zeros(2, 2, page_size, rows, max(key_dim, value_dim), dtype=dtype, device=device)
-    cmp = torch.zeros(2, page_size // config.compress_stride, num_kv_heads, key_dim + value_dim, dtype=dtype, device=device)
+        assert isinstance(plan, KernelPlan)
+        table = torch.zeros(count, -(-keys // page_size), dtype=torch.int32, device=device)
+        _, compressed = read_pages(cache, table, plan, raw=queries < keys, config=config)
+        nsa_attention(q, kv, gates, phi=phi, config=config, cu_seqlens=plan, return_selection=record, compressed=compressed)
     tokens = torch.zeros(config.compress_block_size, dtype=torch.int64, device=device)
-    cache = LayerCache(raw, cmp, key_dim, value_dim, num_sets)
-    for batch in DECODES:
-        q = torch.zeros(batch, 1, num_heads, key_dim, dtype=dtype, device=device)
+    for batch, together in DECODES:
+        q = torch.zeros(batch, together, num_heads, key_dim, dtype=dtype, device=device)
         table = torch.zeros(batch, -(-max_length // page_size), dtype=torch.int32, device=device)
         gates, lengths = torch.ones(*q.shape[:3], 3, device=device), torch.ones(batch, dtype=torch.int32, device=device)
         nsa_decode(q, cache, table, lengths, gates, phi=phi, config=config, return_selection=record, backend="triton")

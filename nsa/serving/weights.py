@@ -69,6 +69,11 @@ def _part(name: str, view: torch.Tensor, dim: int, size: int, start: int) -> HfP
     return HfParameter(name, view, dim, size, start) if get_tensor_model_parallel_world_size() > 1 else HfParameter(name, view)
 
 
+def own_rows(name: str, rows: torch.Tensor) -> HfParameter:
+    """A tensor whose rows are split over the ranks, evenly and in order."""
+    return _part(name, rows, 0, rows.shape[0] * get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank() * rows.shape[0])
+
+
 def _linear(prefix: str, module: Any, names: tuple[str, ...]) -> Iterator[HfParameter]:
     """A linear layer that ranks hold parts of, `names` the projections that it merges (itself where it merges none)."""
     rank, ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
@@ -80,7 +85,7 @@ def _linear(prefix: str, module: Any, names: tuple[str, ...]) -> Iterator[HfPara
         return
     sizes = module.output_sizes if isinstance(module, MergedColumnParallelLinear) else [module.output_size]
     parent, offset = prefix.rpartition(".")[0], 0
-    for name, size in zip(names, sizes, strict=True):
+    for name, size in zip(names, sizes):  # what follows the named projections in a product is the caller's
         width = size // ranks
         for leaf in ("weight", "bias"):
             tensor = getattr(module, leaf)
@@ -96,7 +101,6 @@ def hf_parameters(model: nn.Module, merged: dict[str, tuple[str, ...]], tied: bo
         merged: names of the projections that a merged layer of that name holds, in its order.
         tied: the output head is the embedding.
     """
-    rank, ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
     for prefix, layer in model.named_modules():
         module: Any = layer
         own = prefix.rpartition(".")[2]
@@ -109,6 +113,5 @@ def hf_parameters(model: nn.Module, merged: dict[str, tuple[str, ...]], tied: bo
                 yield _part(f"{prefix}.weight", module.weight.data[:rows], 0, module.org_vocab_size, start)
         else:
             for name, parameter in module.named_parameters(recurse=False):
-                heads = parameter.shape[0] * ranks  # branch_mix alone belongs to heads
-                full = f"{prefix}.{name}"
-                yield _part(full, parameter.data, 0, heads, rank * parameter.shape[0]) if name == "branch_mix" else HfParameter(full, parameter.data)
+                of_heads = name == "branch_mix" or own == "branch_gate"  # all others are whole on each rank
+                yield (own_rows if of_heads else HfParameter)(f"{prefix}.{name}", parameter.data)

@@ -8,7 +8,8 @@
 A case is SEQUENCESxPROMPT+NEW; `--group` sequences share a prompt, which prefix caching computes once. Every model has a process of its
 own and does each case once after a warm-up request. Columns: whole time and prefill (until all sequences have a token), new tokens a
 second over all of it and in steps of decodes alone, the median of these steps, and with --profile the GPU's part of a step, the
-rest being the host's. Weight sync: every parameter copied in place from tensors on the GPU, cached prompts forgotten.
+rest being the host's, and what the GPU does in a prefill (both in runs of their own: a profiler costs a second). Weight sync: every
+parameter copied in place from tensors on the GPU, cached prompts forgotten.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ SHAPES: dict[str, dict[str, int]] = {
 MODELS = ("nsa", "dense")
 SPARSITY = {"compress_block_size": 32, "compress_stride": 16, "select_block_size": 64, "num_selected_blocks": 16, "window_size": 512}
 PROFILED_STEPS = 10
+PROFILED_KERNELS = 40
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +99,7 @@ class Bench:
         with tempfile.TemporaryDirectory() as folder:
             write_model(Path(folder), args.shapes, args.models, args.kv, args.dtype, context)
             from vllm.engine.arg_utils import EngineArgs
+            from vllm.usage.usage_lib import UsageContext
             from vllm.v1.engine.llm_engine import LLMEngine
 
             sizes = sorted({1, 2, 4, 8, 16, 32} | {case.sequences for case in cases})
@@ -110,7 +113,8 @@ class Bench:
                 options["kv_cache_memory_bytes"] = int(args.cache_gib * 2**30)
             if args.models == "nsa":
                 options["worker_extension_cls"] = "grpo.rollout.vllm_worker.WeightAccess"
-            self.engine = LLMEngine.from_engine_args(EngineArgs(**options))
+            # As grpo's driver starts it: vLLM takes more tokens a step where no server answers requests.
+            self.engine = LLMEngine.from_engine_args(EngineArgs(**options), usage_context=UsageContext.LLM_CLASS)
         self.started = time.perf_counter() - start
         cache = self.engine.vllm_config.cache_config
         self.cache_tokens = (cache.num_gpu_blocks or 0) * cache.block_size
@@ -139,7 +143,8 @@ class Bench:
 
         self.engine.reset_prefix_cache()
         self.submit(case, seed)
-        known, made, steps, times = 0, 0, 0, []
+        started: set[str] = set()
+        made, steps, times = 0, 0, []
         prefill, profiler, gpu_ms = 0.0, None, 0.0
         start = time.perf_counter()
         while self.engine.has_unfinished_requests():
@@ -150,8 +155,8 @@ class Bench:
             now = time.perf_counter()
             made += sum(len(output.outputs[0].token_ids) for output in outputs)
             if not prefill:
-                known += sum(bool(output.outputs[0].token_ids) for output in outputs)
-                prefill = now - start if known >= case.sequences else 0.0
+                started.update(output.request_id for output in outputs if output.outputs[0].token_ids)
+                prefill = now - start if len(started) >= case.sequences else 0.0
                 continue
             steps += 1
             if profiler is None:
@@ -159,7 +164,7 @@ class Bench:
             elif steps == 2 * PROFILED_STEPS:
                 torch.cuda.synchronize()
                 profiler.__exit__(None, None, None)
-                gpu_ms, profiler = self._report(profiler), None
+                gpu_ms, profiler = self._report(profiler, f"a decode step of {case}", PROFILED_STEPS), None
         total = time.perf_counter() - start
         step = statistics.median(times) if times else 0.0
         return {
@@ -175,13 +180,32 @@ class Bench:
         profiler.__enter__()
         return profiler
 
-    def _report(self, profiler: Any) -> float:
-        """Print the kernels of a step, return the GPU's milliseconds."""
+    def profile_prefill(self, case: Case, *, seed: int) -> None:
+        """Do a case's prefill again and print what the GPU did in it."""
+        import torch
+
+        self.engine.reset_prefix_cache()
+        self.submit(Case(sequences=case.sequences, prompt=case.prompt, new=1), seed)
+        profiler, start = self._start_profile(), time.perf_counter()
+        while self.engine.has_unfinished_requests():
+            self.engine.step()
+        torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+        profiler.__exit__(None, None, None)
+        self._report(profiler, f"the prefill of {case}, {1e3 * seconds:.0f} ms by the clock", 1)
+
+    def _report(self, profiler: Any, what: str, steps: int) -> float:
+        """Print the kernels of a step (or of all that was profiled, as one), return the GPU's milliseconds."""
         rows = sorted(profiler.key_averages(), key=lambda row: -row.self_device_time_total)
-        for row in rows[:16]:
-            ms, count = row.self_device_time_total / 1e3 / PROFILED_STEPS, row.count / PROFILED_STEPS
+        total = sum(row.self_device_time_total for row in rows) / 1e3 / steps
+        print(f"{self.args.shapes} {self.args.models}: {total:.3f} ms of GPU in {what}", file=sys.stderr)
+        for row in rows[:PROFILED_KERNELS]:
+            ms, count = row.self_device_time_total / 1e3 / steps, row.count / steps
             print(f"   {ms:8.3f} ms  {count:6.1f} times  {row.key[:100]}", file=sys.stderr, flush=True)
-        return sum(row.self_device_time_total for row in rows) / 1e3 / PROFILED_STEPS
+        if self.args.traces:
+            name = re.sub(r"\W+", "-", f"{self.args.shapes} {self.args.models} {what}")
+            profiler.export_chrome_trace(f"{self.args.traces}/{name}.json.gz")
+        return total
 
     def sync(self) -> dict[str, float]:
         """Seconds to bring in every weight by its checkpoint name, median of three."""
@@ -210,7 +234,16 @@ def serve(args: argparse.Namespace) -> None:
     answer({"started": bench.started, "cache_tokens": float(bench.cache_tokens)})
     for line in sys.stdin:
         request = json.loads(line)
-        answer(bench.sync() if request == "sync" else bench.run(Case(**request), seed=1, profile=args.profile))
+        if request == "sync":
+            answer(bench.sync())
+            continue
+        case = Case(**request)
+        facts = bench.run(case, seed=1)
+        if args.profile:
+            short = Case(sequences=case.sequences, prompt=case.prompt, new=min(case.new, 4 * PROFILED_STEPS))
+            facts["gpu_ms"] = bench.run(short, seed=2, profile=True)["gpu_ms"]
+            bench.profile_prefill(case, seed=3)
+        answer(facts)
 
 
 class Child:
@@ -219,7 +252,7 @@ class Child:
     def __init__(self, args: argparse.Namespace, shape: str, model: str, share: float) -> None:
         self.shape, self.model = shape, model
         options = {"shapes": shape, "models": model, "cases": args.cases, "dtype": args.dtype, "kv": args.kv, "group": args.group,
-                   "gpu-share": share, "cache-gib": args.cache_gib}  # fmt: skip
+                   "gpu-share": share, "cache-gib": args.cache_gib, "traces": args.traces}  # fmt: skip
         command = [sys.executable, __file__, "--child", *(f"--{name}={value}" for name, value in options.items())]
         self.process = subprocess.Popen(
             [*command, *(["--profile"] if args.profile else [])], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -289,6 +322,7 @@ def main() -> None:
     parser.add_argument("--cache-gib", type=float, default=0.0, help="of each engine's cache; 0: what fits")
     parser.add_argument("--together", action="store_true")
     parser.add_argument("--profile", action="store_true", help="of decode steps, on the GPU")
+    parser.add_argument("--traces", default="", help="a folder for what --profile saw, as Chrome traces")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:

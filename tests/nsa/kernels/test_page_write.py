@@ -35,9 +35,10 @@ def make_cache(config: SparsityConfig, page: int, sets: int, key_dim: int, value
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_same_pages_as_the_plain_way(
-    config: SparsityConfig, page: int, sets: int, mlp: bool, key_dim: int, value_dim: int, dtype: torch.dtype
+    config: SparsityConfig, page: int, sets: int, mlp: bool, key_dim: int, value_dim: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
+    monkeypatch.setattr("nsa.kernels.page_write.POOLING_PROGRAMS", 1)
     if dtype == torch.bfloat16 and DEVICE == "cpu":
         pytest.skip("the interpreter has no bfloat16")
     phi = make_phi(config, key_dim, value_dim, dtype) if mlp else None

@@ -201,7 +201,7 @@ def test_requests_of_one_step_read_each_others_new_pages(separate: Served) -> No
 
 
 def test_a_few_new_tokens_after_a_long_cached_prompt(separate: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are attended to one by one, beside decodes and a long chunk: chunks of several lengths, over page borders too."""
+    """They are attended to by decode calls, one by one and sixteen at a time, beside a long chunk: of several lengths, over page borders too."""
     from nsa.serving.backend import NSAMetadataBuilder
 
     (prompt,) = random_prompts(1990, seed=11)
@@ -213,15 +213,17 @@ def test_a_few_new_tokens_after_a_long_cached_prompt(separate: Served, monkeypat
 
     def watched(self: Any, *arguments: Any, **named: Any) -> Any:
         step = build(self, *arguments, **named)
-        ways.append([f"{type(part).__name__} {part.rows.stop - part.rows.start}" for part in step.parts])
+        ways.append([f"{type(part).__name__} {len(part.block_table)}" for part in step.parts])
         return step
 
     monkeypatch.setattr(NSAMetadataBuilder, "build", watched)
     monkeypatch.setattr("nsa.serving.backend.DECODE_TOKENS", 7)
+    monkeypatch.setattr("nsa.serving.backend.LONG_CONTEXT", 32)
     prompts = [*([*prompt, *end] for end in ends), *random_prompts(150, seed=13)]
     results = run(separate, prompts, num_tokens=12, record=True)
     assert [result.num_cached for result in results] == [1984] * 4 + [1984, 0]
-    assert any(step.count("DecodePart 7") >= 2 for step in ways) and any(len({way.split()[0] for way in step}) == 2 for step in ways), ways
+    assert any(step.count("DecodePart 7") >= 2 and "DecodePart 1" in step for step in ways), ways
+    assert any(len({way.split()[0] for way in step}) == 2 for step in ways), ways
     assert_exact(separate.model, prompts, results)
 
 
@@ -311,6 +313,35 @@ def assert_close(model: NSAForCausalLM, prompts: Sequence[Sequence[int]], result
     assert worst <= (0.06 if same else 0.3) and lead <= (0.1 if same else 0.3) and equal >= 0.99, "\n".join(report)
 
 
+def test_the_kernels_take_every_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU in Triton's interpreter, so with small blocks and few tokens: whole and cached prefills, few tokens after many one by
+    one and sixteen at a time, decodes."""
+    from nsa.serving.backend import NSAMetadataBuilder
+
+    ways: set[tuple[str, int | bool]] = set()
+    build = NSAMetadataBuilder.build
+
+    def watched(self: Any, *arguments: Any, **named: Any) -> Any:
+        step = build(self, *arguments, **named)
+        for part in step.parts:
+            decoded = hasattr(part, "seq_lens")
+            ways.add(("decode", isinstance(part.rows, slice)) if decoded else ("prefill", part.whole))
+        return step
+
+    monkeypatch.setattr(NSAMetadataBuilder, "build", watched)
+    monkeypatch.setattr("nsa.serving.backend.LONG_CONTEXT", 4)
+    sizes = {"compress_block_size": 8, "compress_stride": 4, "select_block_size": 8, "window_size": 16, "num_hidden_layers": 1}
+    model = checkpoint(tmp_path, **sizes, value_head_dim=24)
+    prompts = random_prompts(1, 64, seed=14)
+    prompts += [[*prompts[1], *end] for end in random_prompts(3, 17, 40, seed=15)]
+    options = {"max_model_len": 128, "max_num_batched_tokens": 96, "hf_overrides": {"attention_backend": "triton"}}
+    with serving(tmp_path, model, **options) as served:
+        results = run(served, prompts[:2], num_tokens=2, record=True) + run(served, prompts[2:], num_tokens=2, record=True)
+    assert [result.num_cached for result in results] == [0, 0, 64, 64, 64]
+    assert ways == {("decode", True), ("decode", False), ("prefill", True), ("prefill", False)}
+    assert_exact(model, prompts, results)
+
+
 def test_bfloat16_and_pages_of_two_blocks(tmp_path: Path) -> None:
     model = checkpoint(tmp_path).to(torch.bfloat16)
     prompts = random_prompts(3, 100, 700, 1500, seed=7)
@@ -366,7 +397,11 @@ def test_registering_twice_and_an_untested_version(monkeypatch: pytest.MonkeyPat
     assert CompilationConfig._attention_ops.count("vllm::nsa_sparse_attention") == 1
 
 
-GRAPHS = {"enforce_eager": False, "compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, 8]}, "gpu_memory_utilization": 0.2}
+GRAPHS = {
+    "enforce_eager": False, "compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, 8]}, "gpu_memory_utilization": 0.1,
+    "kv_cache_memory_bytes": 2**28,
+}  # fmt: skip
+"""With the cache's size given, vLLM does not measure the GPU's memory, which other processes may be using."""
 GPU_SHAPE = {"hidden_size": 128, "head_dim": 64, "initializer_range": 0.08}
 
 
@@ -375,7 +410,9 @@ GPU_SHAPE = {"hidden_size": 128, "head_dim": 64, "initializer_range": 0.08}
     ("runner", "dtype", "record"), [("1", "float32", True), ("1", "bfloat16", True), ("0", "bfloat16", True), ("1", "bfloat16", False)]
 )
 def test_cuda_graphs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runner: str, dtype: str, record: bool) -> None:
-    """Both model runners (V2: 1), block choices kept in the graph; without recording, scheduling is asynchronous."""
+    """Both model runners (V2: 1), block choices kept in the graph; without recording, scheduling is asynchronous. After a cached prompt
+    new tokens are prefilled (of `group`) and go through decode calls (of `late`)."""
+    monkeypatch.setattr("nsa.serving.backend.LONG_CONTEXT", 32)
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", runner)
     monkeypatch.setenv("VLLM_USE_FLASHINFER_SAMPLER", "0")
     model = checkpoint(tmp_path, **GPU_SHAPE).to("cuda", getattr(torch, dtype))
@@ -384,10 +421,11 @@ def test_cuda_graphs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runner: st
         options |= {"additional_config": {}, "async_scheduling": None}
     prompts = random_prompts(1, 64, 65, 700, 1500, seed=8)
     group = [[*prompts[3][:470], token] for token in range(6)]
+    late = [[*prompts[4], token] for token in range(2)]
     with serving(tmp_path, model, **options) as served:
-        results = run(served, prompts, num_tokens=20, record=record) + run(served, group, num_tokens=20, record=record)
+        results = [result for part in (prompts, group, late) for result in run(served, part, num_tokens=20, record=record)]
     check = assert_exact if dtype == "float32" else assert_close
-    check(model, [*prompts, *group], results)
+    check(model, [*prompts, *group, *late], results)
 
 
 @pytest.mark.gpu

@@ -20,7 +20,7 @@ def test_lengths_fit_a_step_and_a_sequence(num_tokens: int, max_length: int) -> 
 
 
 def test_every_call_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nsa.serving.warmup.DECODES", (1, 2))
+    monkeypatch.setattr("nsa.serving.warmup.DECODES", ((1, 1), (2, 1), (1, 2)))
     config = SparsityConfig(compress_block_size=4, compress_stride=2, select_block_size=8, num_selected_blocks=4, window_size=8)
     weights = CompressorWeights(*(torch.randn(shape, device=DEVICE) for shape in ((4, 16), (16, 4 * 16), (16, 16))))
     warm_up(
