@@ -32,7 +32,8 @@ from nsa.attention import LayerCache
 from nsa.blocks import num_blocks, selection_dtype
 from nsa.config import SparsityConfig
 from nsa.kernels.banded import runs_hopper_kernels
-from nsa.kernels.decode_kernels import blocks_kernel, choose_kernel, combine_kernel, compression_kernel, pick_kernel, score_kernel
+from nsa.kernels.decode_choice import choose_kernel, pick_kernel, score_kernel
+from nsa.kernels.decode_kernels import blocks_kernel, combine_kernel, compression_kernel
 from nsa.kernels.launch import LOG2_E, dot_precision, launch, padded
 
 MIN_PROGRAMS = 512

@@ -1,0 +1,293 @@
+"""The choice of blocks in a decode step, and what its kernels have in common with those that attend; see `nsa.kernels.decode`.
+
+`score_kernel` and `pick_kernel` in small batches, `choose_kernel` in large ones. `PDL`: as in decode_kernels.py.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from nsa.attention import RECOMPUTE as RECOMPUTE_MARK
+
+NOTHING = tl.constexpr(-1.0e6)
+"""Stands for the logit (base 2) of what is not visible."""
+RECOMPUTE = tl.constexpr(RECOMPUTE_MARK)
+STATISTICS = tl.constexpr(32)
+"""Leaves whose maxima, sums and outputs are read at once."""
+
+
+@triton.jit
+def power_of_two(exponent):
+    """2**exponent of whole fp32 numbers <= 0, exactly; 0 below -126."""
+    return ((tl.maximum(exponent, -127.0).to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def tree_sum(x):
+    """Sum over the first dimension, neighbours first: padding with zeros or summing aligned parts beforehand changes no bit."""
+    for _ in tl.static_range(10):
+        if x.shape[0] > 1:
+            x = tl.sum(tl.reshape(x, (x.shape[0] // 2, 2, x.shape[1])), 1)
+    return tl.reshape(x, (x.shape[1],))
+
+
+@triton.jit
+def add_sum(total, top, sums, tops):
+    """`total` relative to 2**top plus the sum over the first dimension of `sums`, relative to 2**tops; and the new top."""
+    both = tl.maximum(top, tl.max(tops, 0))
+    return total * power_of_two(top - both) + tl.sum(sums * power_of_two(tops - both[None, :]), 0), both
+
+
+@triton.jit
+def store_statistics(leaf_top, leaf_sum, row_stats, rows, real, num_leaves, filled_leaves):
+    """Of some rows, to `row_stats` `[…, 2]`: the top of their leaves, and 1 / their sum relative to it (0 where nothing is visible)."""
+    leaf = tl.arange(0, STATISTICS)
+    top, total = tl.full(rows.shape, NOTHING, tl.float32), tl.zeros(rows.shape, tl.float32)
+    for start in range(0, filled_leaves, STATISTICS):
+        read = (start + leaf < filled_leaves)[:, None] & real[None, :]
+        spots = (rows * num_leaves)[None, :] + (start + leaf)[:, None]
+        tops = tl.load(leaf_top + spots, mask=read, other=NOTHING)
+        sums = tl.load(leaf_sum + spots, mask=read, other=0.0)
+        both = tl.maximum(top, tl.max(tops, 0))
+        total, top = total * power_of_two(top - both) + tree_sum(sums * power_of_two(tops - both[None, :])), both
+    tl.store(row_stats + 2 * rows, top, mask=real)
+    tl.store(row_stats + 2 * rows + 1, tl.where(total > 0.0, 1.0 / tl.where(total > 0.0, total, 1.0), 0.0), mask=real)
+
+
+@triton.jit
+def load_shares(leaf_top, leaf_edge, scores, row_stats, row, leaf, group, real, num_leaves, filled_leaves, FIRST: tl.constexpr, GROUPS: tl.constexpr):
+    """What one head's part of the scores is made of; `add_shares` adds it."""
+    place = row * num_leaves + leaf
+    inside, follows = real & (leaf < filled_leaves), real & (leaf + 1 < filled_leaves)
+    share = tl.load(scores + place * GROUPS + group, mask=inside & (group >= 0), other=0.0)
+    share_top = tl.load(leaf_top + place, mask=inside, other=NOTHING)
+    edge, edge_top = share_top, share_top
+    if FIRST > 0:
+        edge = tl.load(leaf_edge + place + 1, mask=follows, other=0.0)
+        edge_top = tl.load(leaf_top + place + 1, mask=follows, other=NOTHING)
+    return (
+        share,
+        share_top,
+        edge,
+        edge_top,
+        tl.load(row_stats + 2 * row, mask=real, other=0.0),
+        tl.load(row_stats + 2 * row + 1, mask=real, other=0.0),
+    )
+
+
+@triton.jit
+def add_shares(score, share, share_top, edge, edge_top, top, inverse, group, FIRST: tl.constexpr, GROUPS: tl.constexpr):
+    share *= power_of_two(share_top - top)
+    if FIRST > 0:
+        share += tl.where(group == GROUPS - 1, edge * power_of_two(edge_top - top), 0.0)
+    return score + share * inverse
+
+
+@triton.jit
+def leaf_scores(
+    leaf_top, leaf_edge, scores, row_stats, first_row, first_leaf, num_leaves, filled_leaves, GROUP: tl.constexpr, FIRST: tl.constexpr,
+    GROUPS: tl.constexpr, LEAVES: tl.constexpr,
+):  # fmt: skip
+    """Scores `[LEAVES, GROUPS]` of the blocks of some leaves: the heads' shares, added in their order, read four heads at a time."""
+    leaf, group = first_leaf + tl.arange(0, LEAVES)[:, None], tl.arange(0, GROUPS)[None, :]
+    score = tl.zeros([LEAVES, GROUPS], tl.float32)
+    for member in range(0, GROUP, 4):
+        row = first_row + member
+        a = load_shares(leaf_top, leaf_edge, scores, row_stats, row, leaf, group, True, num_leaves, filled_leaves, FIRST, GROUPS)
+        b = load_shares(leaf_top, leaf_edge, scores, row_stats, row + 1, leaf, group, member + 1 < GROUP, num_leaves, filled_leaves, FIRST, GROUPS)
+        c = load_shares(leaf_top, leaf_edge, scores, row_stats, row + 2, leaf, group, member + 2 < GROUP, num_leaves, filled_leaves, FIRST, GROUPS)
+        d = load_shares(leaf_top, leaf_edge, scores, row_stats, row + 3, leaf, group, member + 3 < GROUP, num_leaves, filled_leaves, FIRST, GROUPS)
+        score = add_shares(score, *a, group, FIRST, GROUPS)
+        score = add_shares(score, *b, group, FIRST, GROUPS)
+        score = add_shares(score, *c, group, FIRST, GROUPS)
+        score = add_shares(score, *d, group, FIRST, GROUPS)
+    return score
+
+
+@triton.jit(do_not_specialize=["num_leaves", "num_chunks", "programs"])
+def score_kernel(
+    leaf_top, leaf_sum, leaf_edge, scores, row_stats, chunk_keys, candidates, given, seq_lens, given_batch, given_row, given_head,
+    num_leaves, num_chunks, programs, num_new,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP2: tl.constexpr, STRIDE: tl.constexpr, FIRST: tl.constexpr,
+    PER_BLOCK: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr, NUM: tl.constexpr, NUM_INIT: tl.constexpr, NUM_LOCAL: tl.constexpr,
+    CHUNK: tl.constexpr, GIVEN: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """The best NUM of each of the chunks c, c + `programs`, … of CHUNK blocks for one query and KV head: keys int64
+    `[B, m, Hkv, chunks, NUM]`, best first.
+
+    A key is the score's bits, then the block number, lower ones greater; negative = no block."""
+    if PDL:
+        gdc_launch_dependents()
+    head, first_chunk = tl.program_id(0) % HEADS, tl.program_id(0) // HEADS
+    query, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    length = tl.load(seq_lens + batch).to(tl.int32)
+    current = tl.maximum(length - num_new + query, 0) // SIZE
+    wanted = (current >= NUM) & (first_chunk * CHUNK <= current)
+    if GIVEN:
+        wanted = wanted & (tl.load(given + batch * given_batch + query * given_row + head * given_head).to(tl.int32) == RECOMPUTE)
+    if PDL:
+        gdc_wait()
+    if not wanted:
+        return
+    place = ((batch * num_new + query) * HEADS + head) * num_chunks
+    column = tl.arange(0, CHUNK)
+    filled_leaves = tl.cdiv(length // STRIDE, GROUPS * PER_BLOCK)
+    first_row = ((batch * HEADS + head) * num_new + query) * GROUP
+    member = tl.arange(0, GROUP2)
+    # Programs of other chunks write the same numbers.
+    store_statistics(leaf_top, leaf_sum, row_stats, first_row + member, member < GROUP, num_leaves, filled_leaves)
+    tl.debug_barrier()
+    LEAVES: tl.constexpr = (CHUNK + GROUPS - 1) // GROUPS
+    for chunk in range(first_chunk, current // CHUNK + 1, programs):
+        blocks = chunk * CHUNK + column
+        score = leaf_scores(
+            leaf_top, leaf_edge, scores, row_stats, first_row, chunk * LEAVES, num_leaves, filled_leaves, GROUP, FIRST, GROUPS, LEAVES
+        )
+        score = tl.reshape(score, (CHUNK,))
+
+        forced = (blocks < NUM_INIT) | (blocks > current - NUM_LOCAL)
+        bits = tl.where(forced, 0x7F800000, score.to(tl.int32, bitcast=True)).to(tl.int64)
+        keys = tl.where(blocks <= current, (bits << 32) | (0x7FFFFFFF - blocks).to(tl.int64), -1 - blocks.to(tl.int64))
+        # Through memory, so that the ranking does not inherit the scores' layout, which repeats every element in many threads.
+        tl.store(chunk_keys + (place + chunk) * CHUNK + column, keys)
+        tl.debug_barrier()
+        mine = tl.load(chunk_keys + (place + chunk) * CHUNK + column)
+        SLICE: tl.constexpr = 32 if CHUNK > 32 else CHUNK
+        better = tl.zeros([SLICE, CHUNK], tl.int32)
+        for start in tl.range(0, CHUNK, SLICE, loop_unroll_factor=4):
+            others = tl.load(chunk_keys + (place + chunk) * CHUNK + start + tl.arange(0, SLICE))
+            better += (others[:, None] > mine[None, :]).to(tl.int32)
+        ranks = tl.sum(better, 0)
+        tl.store(candidates + (place + chunk) * NUM + ranks, mine, mask=ranks < NUM)
+
+
+@triton.jit
+def best_blocks(candidates, num_keys, end, NUM: tl.constexpr, NUM2: tl.constexpr, CANDIDATES: tl.constexpr):
+    """The NUM best of `num_keys` keys: block numbers `[NUM2]` ascending, then −1. `end`: CANDIDATES, or num_keys, which compares fewer in a
+    loop that the compiler cannot unroll."""
+    SLICE: tl.constexpr = 32 if CANDIDATES > 32 else CANDIDATES
+    entry, order = tl.arange(0, CANDIDATES), tl.arange(0, NUM2)
+    keys = tl.load(candidates + entry, mask=entry < num_keys, other=-1)
+    better = tl.zeros([SLICE, CANDIDATES], tl.int32)
+    for start in tl.range(0, end, SLICE, loop_unroll_factor=4):
+        place = start + tl.arange(0, SLICE)
+        others = tl.load(candidates + place, mask=place < num_keys, other=-1)
+        better += (others[:, None] > keys[None, :]).to(tl.int32)
+    ranks = tl.sum(better, 0)
+    chosen = (keys >= 0) & (ranks < NUM)
+    blocks = 0x7FFFFFFF - (keys & 0x7FFFFFFF).to(tl.int32)
+    plus_one = tl.sum(tl.where(chosen[None, :] & (ranks[None, :] == order[:, None]), blocks[None, :] + 1, 0), 1)
+    taken = tl.where(plus_one > 0, plus_one, 0x7FFFFFFF - order)
+    places = tl.sum((taken[None, :] < taken[:, None]).to(tl.int32), 1)
+    ascending = tl.sum(tl.where(places[None, :] == order[:, None], plus_one[None, :], 0), 1) - 1
+    return ascending
+
+
+@triton.jit
+def chosen_blocks(
+    candidates, given, position, entry, given_entry, num_chunks, order,
+    SIZE: tl.constexpr, NUM: tl.constexpr, NUM2: tl.constexpr, CHUNK: tl.constexpr, CANDIDATES: tl.constexpr, SCORES: tl.constexpr,
+    GIVEN: tl.constexpr, BOUNDED: tl.constexpr,
+):  # fmt: skip
+    """The blocks `[NUM2]` of one query and KV head, ascending, then −1: the best of the candidates, all where no more than NUM exist, or the
+    row at `given`."""
+    if SCORES:
+        # Where no more than NUM exist nothing was ranked: no keys, and all of the blocks.
+        some = position // SIZE >= NUM
+        num_keys = tl.where(some, tl.minimum(position // SIZE // CHUNK + 1, num_chunks) * NUM, 0)
+        chosen = best_blocks(candidates + entry * num_chunks * NUM, num_keys, num_keys if BOUNDED else CANDIDATES, NUM, NUM2, CANDIDATES)
+        chosen = tl.maximum(chosen, tl.where(order <= tl.where(some, -1, position // SIZE), order, -1))
+    else:
+        chosen = tl.where(order <= position // SIZE, order, -1)
+    if GIVEN:
+        replayed = tl.load(given + order * given_entry, mask=order < NUM, other=-1).to(tl.int32)
+        chosen = tl.where(tl.load(given).to(tl.int32) == RECOMPUTE, chosen, replayed)
+    return chosen
+
+
+@triton.jit(do_not_specialize=["num_leaves"])
+def choose_kernel(
+    leaf_top, leaf_sum, leaf_edge, scores, row_stats, given, selection, seq_lens, given_batch, given_row, given_head, given_entry,
+    num_leaves, num_new,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP2: tl.constexpr, STRIDE: tl.constexpr, FIRST: tl.constexpr,
+    PER_BLOCK: tl.constexpr, GROUPS: tl.constexpr, LEAVES: tl.constexpr, SIZE: tl.constexpr, NUM: tl.constexpr, NUM2: tl.constexpr,
+    NUM_INIT: tl.constexpr, NUM_LOCAL: tl.constexpr, GIVEN: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """`score_kernel` and `pick_kernel` in one, for batches that fill the GPU with a program for each query and KV head: the selection.
+
+    The scores of all blocks lie in registers; the NUM-th best is found two bits at a time, and of blocks that equal it the first ones
+    are taken."""
+    if PDL:
+        gdc_launch_dependents()
+    head, query, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    length = tl.load(seq_lens + batch).to(tl.int32)
+    current = tl.maximum(length - num_new + query, 0) // SIZE
+    order = tl.arange(0, NUM2)
+    entry = (batch * num_new + query) * HEADS + head
+    target = selection + entry * NUM
+    replay = length < 0
+    if GIVEN:
+        row = given + batch * given_batch + query * given_row + head * given_head
+        replay = (length > 0) & (tl.load(row).to(tl.int32) != RECOMPUTE)
+    if PDL:
+        gdc_wait()
+    if replay | (length == 0) | (current < NUM):
+        chosen = tl.where((order <= current) & (length > 0), order, -1)
+        if GIVEN:
+            replayed = tl.load(row + order * given_entry, mask=order < NUM, other=-1).to(tl.int32)
+            chosen = tl.where(replay, replayed, chosen)
+        tl.store(target + order, chosen.to(selection.dtype.element_ty), mask=order < NUM)
+        return
+    filled_leaves = tl.cdiv(length // STRIDE, GROUPS * PER_BLOCK)
+    first_row = ((batch * HEADS + head) * num_new + query) * GROUP
+    member = tl.arange(0, GROUP2)
+    store_statistics(leaf_top, leaf_sum, row_stats, first_row + member, member < GROUP, num_leaves, filled_leaves)
+    tl.debug_barrier()
+    score = leaf_scores(leaf_top, leaf_edge, scores, row_stats, first_row, 0, num_leaves, filled_leaves, GROUP, FIRST, GROUPS, LEAVES)
+    block = tl.arange(0, LEAVES * GROUPS)
+    bits = tl.reshape(score, (LEAVES * GROUPS,)).to(tl.int32, bitcast=True)
+    bits = tl.where((block < NUM_INIT) | (block > current - NUM_LOCAL), 0x7F800000, bits)
+    bits = tl.where(block <= current, bits, -1)
+    least = 0  # the greatest number that NUM blocks reach
+    for step in range(16):
+        unit = 1 << (30 - 2 * step)
+        reach = (bits >= least + unit).to(tl.int64)
+        if step > 0:
+            reach += ((bits >= least + 2 * unit).to(tl.int64) << 20) + ((bits >= least + 3 * unit).to(tl.int64) << 40)
+        counts = tl.sum(reach, 0)
+        least += unit * (
+            ((counts & 0xFFFFF) >= NUM).to(tl.int32) + ((counts >> 20 & 0xFFFFF) >= NUM).to(tl.int32) + ((counts >> 40) >= NUM).to(tl.int32)
+        )
+    above = bits > least
+    equal = bits == least
+    left = NUM - tl.sum(above.to(tl.int32), 0)
+    taken = above | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= left))
+    place = tl.cumsum(taken.to(tl.int32), 0) - 1
+    tl.store(target + place, block.to(selection.dtype.element_ty), mask=taken)
+
+
+@triton.jit(do_not_specialize=["num_chunks"])
+def pick_kernel(
+    seq_lens, candidates, given, selection, given_batch, given_row, given_head, given_entry, num_chunks, num_new,
+    HEADS: tl.constexpr, SIZE: tl.constexpr, NUM: tl.constexpr, NUM2: tl.constexpr, CHUNK: tl.constexpr, CANDIDATES: tl.constexpr,
+    GIVEN: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """The selection of one query and KV head, for batches in which the programs of `blocks_kernel` should not all rank the candidates."""
+    if PDL:
+        gdc_launch_dependents()
+    head, query, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    length = tl.load(seq_lens + batch).to(tl.int32)
+    if PDL:
+        gdc_wait()
+    order = tl.arange(0, NUM2)
+    entry = (batch * num_new + query) * HEADS + head
+    chosen = tl.full([NUM2], -1, tl.int32)
+    if length > 0:
+        row = given + batch * given_batch + query * given_row + head * given_head
+        chosen = chosen_blocks(
+            candidates, row, tl.maximum(length - num_new + query, 0), entry, given_entry, num_chunks, order, SIZE, NUM, NUM2, CHUNK, CANDIDATES,
+            True, GIVEN, True,
+        )  # fmt: skip
+    tl.store(selection + entry * NUM + order, chosen.to(selection.dtype.element_ty), mask=order < NUM)
