@@ -10,36 +10,19 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
 from nsa.kernels.banded_hopper import (
+    anew,
     await_clearing,
     await_tile,
     clear_rows,
     key_descriptor,
     key_range,
+    keys_of,
     num_processors,
+    place_of,
     row_pointers,
     visible,
 )
 from nsa.kernels.launch import LOG2_E, launch
-
-
-@gluon.jit
-def tile_of(index, num_heads, tables, QUERIES: gl.constexpr):
-    """Unit of work `index`: KV head, sequence; first query (in its sequence, and packed); number of queries; position of the first and last query."""
-    Tiles, QueryEnds, TokenEnds = tables
-    tile, head = index // num_heads, index % num_heads
-    sequence, start = gl.load(Tiles + 2 * tile), gl.load(Tiles + 2 * tile + 1)
-    first_query = gl.load(QueryEnds + sequence)
-    num_queries = gl.load(QueryEnds + sequence + 1) - first_query
-    ahead = gl.load(TokenEnds + sequence + 1) - gl.load(TokenEnds + sequence) - num_queries
-    last = ahead + gl.minimum(start + QUERIES, num_queries) - 1
-    return head, sequence, start, (first_query + start).to(gl.int64), num_queries, ahead + start, last
-
-
-@gluon.jit
-def keys_of(KeyEnds, sequence):
-    """A sequence's first key in a band and how many it has."""
-    first_key = gl.load(KeyEnds + sequence)
-    return first_key, gl.load(KeyEnds + sequence + 1) - first_key
 
 
 @gluon.jit
@@ -139,7 +122,7 @@ def gather_dq(
     begin, all_begin, all_end, end = key_range(first, last, num_keys, STRIDE, OFFSET, WINDOW)
     count = gl.maximum(gl.cdiv(end - begin, KEYS), 1)
     key_row, places = first_key + begin, (head * strides[0], head * strides[1])
-    shift, delta = statistics(band, place, rows, GROUP, 128 // GROUP)
+    shift, delta = statistics(band, place, anew(rows, place), GROUP, 128 // GROUP)
     positions, bounds = first + rows // GROUP, (all_begin, all_end)
 
     slot, scores = start_scores(query_rows, buffers, rings, done, begin, num_keys, clearings, zeros, WARP_GROUP, WIDE)
@@ -202,7 +185,7 @@ def dq_rows(
     dims = gl.arange(0, DIM, layout=gl.SliceLayout(0, wide))[None, :]
     zeros = gl.zeros([64, KEYS], gl.float32, layout=mma_s)
     num_units, step = num_tiles * num_heads, gl.num_programs(0)
-    place = tile_of(gl.program_id(0), num_heads, tables, QUERIES)
+    place = place_of(gl.program_id(0), num_heads, tables, QUERIES)
     if WARP_GROUP == 0:
         fill_first_pairs(first_band, buffers, rings, 0, place, STRIDE, OFFSET, WINDOW)
     valid = ((place[2] + wide_rows // GROUP < place[4]) & (wide_rows < QUERIES * GROUP))[:, None]
@@ -212,7 +195,6 @@ def dq_rows(
     gl.thread_barrier()
     turns = (0, 0)
     for index in range(gl.program_id(0), num_units, step):
-        next_place = tile_of(gl.minimum(index + step, num_units - 1), num_heads, tables, QUERIES)
         acc = gl.zeros([64, DIM], gl.float32, layout=mma_o)
         # as operands from registers: otherwise shared memory would be as busy as the tensor cores
         operands = (tiles[0].load(row_layout), tiles[1].load(row_layout))
@@ -229,10 +211,12 @@ def dq_rows(
                 acc, second_band, operands, buffers, rings, turns, place, rows, columns, zeros, score_scale,
                 WARP_GROUP, GROUP, 1, 0, SECOND, mma_o, wide,
             )  # fmt: skip
+        next_place = place_of(gl.minimum(index + step, num_units - 1), num_heads, tables, QUERIES)
         more = index + step < num_units
-        next_valid = ((next_place[2] + wide_rows // GROUP < next_place[4]) & (wide_rows < QUERIES * GROUP) & more)[:, None]
-        next_q = load_rows(Q, next_place, stride_q, stride_qh, wide_rows, dims, next_valid, GROUP)
-        next_d_out = load_rows(DOut, next_place, stride_do, stride_doh, wide_rows, dims, next_valid, GROUP)
+        here = anew(wide_rows, place)
+        next_valid = ((next_place[2] + here // GROUP < next_place[4]) & (here < QUERIES * GROUP) & more)[:, None]
+        next_q = load_rows(Q, next_place, stride_q, stride_qh, here, dims, next_valid, GROUP)
+        next_d_out = load_rows(DOut, next_place, stride_do, stride_doh, here, dims, next_valid, GROUP)
         if WARP_GROUP == 0:  # noqa: SIM102 (one is known when compiled, the other is not)
             if more:
                 fill_first_pairs(first_band, buffers, rings, turns[0], next_place, STRIDE, OFFSET, WINDOW)
@@ -240,12 +224,12 @@ def dq_rows(
         mbarrier.arrive(empty.index(slot), count=1)
 
         head, _sequence, start, row, num_queries, _first, _last = place
-        valid = ((start + wide_rows // GROUP < num_queries) & (wide_rows < QUERIES * GROUP))[:, None]
+        valid = ((start + here // GROUP < num_queries) & (here < QUERIES * GROUP))[:, None]
         result = gl.convert_layout(acc * scale, wide)
         if ACCUMULATE:
-            at = row_pointers(Before + head * GROUP * stride_bh, row, stride_b, stride_bh, wide_rows, GROUP)
+            at = row_pointers(Before + head * GROUP * stride_bh, row, stride_b, stride_bh, here, GROUP)
             result += gl.load(at[:, None] + dims, mask=valid, other=0.0)
-        at = row_pointers(DQ + head * GROUP * stride_dqh, row, stride_dq, stride_dqh, wide_rows, GROUP)
+        at = row_pointers(DQ + head * GROUP * stride_dqh, row, stride_dq, stride_dqh, here, GROUP)
         gl.store(at[:, None] + dims, result.to(DQ.dtype.element_ty), mask=valid)
         gl.thread_barrier()
         tiles[0].store(next_q)
