@@ -2,8 +2,8 @@
 
 Key i of a band ends at token i·stride + offset of its sequence and is visible from there on, for `window` tokens (0: for
 ever): compressed token i has stride d and offset l − 1, a raw key stride 1, offset 0 and window w. One set of kernels in
-the manner of FlashAttention serves both: for Hopper GPUs in Gluon (banded_hopper.py, banded_hopper_backward.py: head dims
-64 and 128, half precision), for everything else in Triton (banded_kernels.py). A tile's rows are queries × the heads of one
+the manner of FlashAttention serves both: for Hopper GPUs in Gluon (banded_hopper.py, banded_hopper_dq.py, banded_hopper_dkdv.py:
+head dims 64 and 128, half precision, and both bands of a tile in one kernel), for everything else in Triton (banded_kernels.py). A tile's rows are queries × the heads of one
 KV head (row r is query r // G, head r % G), so K and V are read once for a whole group; only tiles on the border of the
 range are masked.
 
@@ -69,6 +69,16 @@ class Band:
     def key_tiles(self, size: int) -> torch.Tensor:
         """int32 `[tiles, 2]`: (sequence, first key) of tiles of `size` keys."""
         return self.plan.compressed_tiles(size) if self.kind == "compression" else self.plan.key_tiles(size)
+
+
+@dataclass(frozen=True, slots=True)
+class BandTensors:
+    """A band with its k `[K, Hkv, Dk]`, v `[K, Hkv, Dv]` and gate `[T, Hq]`."""
+
+    band: Band
+    k: torch.Tensor
+    v: torch.Tensor
+    gate: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,14 +167,9 @@ def banded_forward(
         no key (its o is 0).
     """
     q, k, v = rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)
-    lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
-    branch = torch.empty(*q.shape[:2], v.shape[2], dtype=q.dtype, device=q.device) if keep else None
     if takes_hopper("forward", band, q, k, v):
-        from nsa.kernels import banded_hopper
-
-        tables = (band.plan.query_tiles(banded_hopper.ROWS // (q.shape[1] // k.shape[1])), *band.ends)
-        banded_hopper.forward(q, k, v, gate, out, branch, lse, tables, band.geometry, scale=scale * LOG2_E, accumulate=accumulate)
-        return branch, lse
+        return hopper_forward(q, [BandTensors(band, k, v, gate)], scale=scale, out=out, accumulate=accumulate, keep=keep)[0]
+    branch, lse = forward_results(q, v, keep)
     options, constants = tile_settings("forward", q, k, v, band)
     tiles = band.plan.query_tiles(int(constants["QUERIES"]))
     if tiles.shape[0]:
@@ -176,6 +181,56 @@ def banded_forward(
             ACCUMULATE=accumulate, KEEP=keep, **constants, **options,
         )  # fmt: skip
     return branch, lse
+
+
+def forward_results(q: torch.Tensor, v: torch.Tensor, keep: bool) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """Room for a branch's output, if it is kept, and for its LSE."""
+    branch = torch.empty(*q.shape[:2], v.shape[2], dtype=q.dtype, device=q.device) if keep else None
+    return branch, torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+
+
+def hopper_forward(
+    q: torch.Tensor, parts: list[BandTensors], *, scale: float, out: torch.Tensor, accumulate: bool, keep: bool,
+) -> list[tuple[torch.Tensor | None, torch.Tensor]]:  # fmt: skip
+    """`banded_forward` of one band, or of the compression band and the window in one kernel."""
+    from nsa.kernels import banded_hopper
+
+    first, results = parts[0], [forward_results(q, part.v, keep) for part in parts]
+    bands = [
+        (part.k, part.v, part.band.key_ends, part.gate, out if branch is None else branch, lse)
+        for part, (branch, lse) in zip(parts, results, strict=True)
+    ]
+    tables = (first.band.plan.query_tiles(banded_hopper.ROWS // (q.shape[1] // first.k.shape[1])), *first.band.ends[:2])
+    second = parts[1].band.config.window_size if len(parts) > 1 else 0
+    banded_hopper.forward(
+        q, bands, out, tables, first.band.geometry, second, scale=scale * LOG2_E, accumulate=accumulate, keep=keep
+    )  # fmt: skip
+    return results
+
+
+def both_take_hopper(kernel: Kernel, q: torch.Tensor, parts: list[BandTensors]) -> bool:
+    """Whether one Hopper kernel serves both bands: each alone would be taken, and their head dims are the same."""
+    return len({part.k.shape[2] for part in parts}) == 1 and all(takes_hopper(kernel, part.band, q, part.k, part.v) for part in parts)
+
+
+def contiguous_parts(*parts: BandTensors) -> list[BandTensors]:
+    """The parts, k and v with contiguous last dimensions."""
+    return [BandTensors(part.band, rows_contiguous(part.k), rows_contiguous(part.v), part.gate) for part in parts]
+
+
+def both_forward(
+    q: torch.Tensor, compression: BandTensors, window: BandTensors, *, scale: float, out: torch.Tensor, keep: bool
+) -> list[tuple[torch.Tensor | None, torch.Tensor]]:
+    """`banded_forward` of the compression band and of the window: the sum of gate · o goes to `out`; each band's output and LSE.
+
+    On Hopper GPUs one kernel does both: q is read once and `out` does not travel between them."""
+    q, parts = rows_contiguous(q), contiguous_parts(compression, window)
+    if both_take_hopper("forward", q, parts):
+        return hopper_forward(q, parts, scale=scale, out=out, accumulate=False, keep=keep)
+    return [
+        banded_forward(q, part.k, part.v, part.band, scale=scale, gate=part.gate, out=out, accumulate=number > 0, keep=keep)
+        for number, part in enumerate(parts)
+    ]
 
 
 def banded_backward(
@@ -193,9 +248,40 @@ def banded_backward(
         dk, dv in k's dtype and shapes; zero where no query sees a key.
     """
     d_out, q, k, v = rows_contiguous(d_out), rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)
-    num_heads, group = k.shape[1], q.shape[1] // k.shape[1]
-    stats = torch.empty(num_heads, 2, -(-q.shape[0] * group // 16) * 16, dtype=torch.float32, device=q.device)
+    stats = row_statistics(q, k)
     write_dq(d_out, q, k, v, lse, delta, gate, band, stats, scale=scale, dq=dq, before=dq_before)
+    return key_gradients(d_out, q, k, v, band, stats, scale=scale)
+
+
+def both_backward(
+    d_out: torch.Tensor, q: torch.Tensor, compression: BandTensors, window: BandTensors, lses: tuple[torch.Tensor, torch.Tensor],
+    deltas: tuple[torch.Tensor, torch.Tensor], *, scale: float, dq: torch.Tensor,
+) -> list[torch.Tensor]:  # fmt: skip
+    """Gradients of `both_forward`: dq becomes the sum of both bands' parts; their dk, dv, dk and dv. lses, deltas: those of the bands."""
+    d_out, q, parts = rows_contiguous(d_out), rows_contiguous(q), contiguous_parts(compression, window)
+    all_stats = [row_statistics(q, part.k) for part in parts]
+    rows = list(zip(parts, lses, deltas, all_stats, strict=True))
+    if both_take_hopper("dq", q, parts):
+        hopper_dq(d_out, q, rows, scale=scale, dq=dq, before=None)
+    else:
+        for part, lse, delta, stats in rows:
+            before = None if part is parts[0] else dq
+            write_dq(d_out, q, part.k, part.v, lse, delta, part.gate, part.band, stats, scale=scale, dq=dq, before=before)
+    gradients = [key_gradients(d_out, q, part.k, part.v, part.band, stats, scale=scale) for part, stats in zip(parts, all_stats, strict=True)]
+    return [*gradients[0], *gradients[1]]
+
+
+def row_statistics(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """Room for the rows' statistics: fp32 `[Hkv, 2, T · G or more]`, see `dq_kernel`."""
+    num_heads, group = k.shape[1], q.shape[1] // k.shape[1]
+    return torch.empty(num_heads, 2, -(-q.shape[0] * group // 16) * 16, dtype=torch.float32, device=q.device)
+
+
+def key_gradients(
+    d_out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, band: Band, stats: torch.Tensor, *, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """dk and dv from the statistics that came with dq."""
+    num_heads = k.shape[1]
     d_key, d_value = torch.empty(k.shape, dtype=k.dtype, device=k.device), torch.empty(v.shape, dtype=v.dtype, device=v.device)
     if not k.shape[0]:
         return d_key, d_value
@@ -215,17 +301,28 @@ def banded_backward(
     return d_key, d_value
 
 
+def hopper_dq(
+    d_out: torch.Tensor, q: torch.Tensor, rows: list[tuple[BandTensors, torch.Tensor, torch.Tensor, torch.Tensor]],
+    *, scale: float, dq: torch.Tensor, before: torch.Tensor | None,
+) -> None:  # fmt: skip
+    """`write_dq` of one band, or of the sum of the compression band and the window; rows: each one's tensors, lse, delta and stats."""
+    from nsa.kernels import banded_hopper, banded_hopper_dq
+
+    first = rows[0][0]
+    bands = [(part.k, part.v, part.band.key_ends, part.gate, lse, delta, stats) for part, lse, delta, stats in rows]
+    tables = (first.band.plan.query_tiles(banded_hopper.ROWS // (q.shape[1] // first.k.shape[1])), *first.band.ends[:2])
+    second = rows[1][0].band.config.window_size if len(rows) > 1 else 0
+    banded_hopper_dq.dq(d_out, q, bands, dq, before, tables, first.band.geometry, second, scale=scale)
+
+
 def write_dq(
     d_out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lse: torch.Tensor, delta: torch.Tensor, gate: torch.Tensor, band: Band,
     stats: torch.Tensor, *, scale: float, dq: torch.Tensor, before: torch.Tensor | None,
 ) -> None:  # fmt: skip
-    """dq of `banded_backward`, and the rows' statistics for dk and dv: fp32 `[Hkv, 2, T · G or more]`, see `dq_kernel`."""
-    num_heads, group = k.shape[1], q.shape[1] // k.shape[1]
+    """dq of `banded_backward`, and the rows' statistics for dk and dv."""
+    num_heads = k.shape[1]
     if takes_hopper("dq", band, q, k, v):
-        from nsa.kernels import banded_hopper, banded_hopper_backward
-
-        tables = (band.plan.query_tiles(banded_hopper.ROWS // group), *band.ends)
-        banded_hopper_backward.dq(d_out, q, k, v, lse, delta, gate, dq, before, stats, tables, band.geometry, scale=scale)
+        hopper_dq(d_out, q, [(BandTensors(band, k, v, gate), lse, delta, stats)], scale=scale, dq=dq, before=before)
         return
     options, constants = tile_settings("dq", q, k, v, band)
     tiles = band.plan.query_tiles(int(constants["QUERIES"]))
@@ -248,12 +345,12 @@ def write_parts(
     num_heads, num_chunks = k.shape[1], parts[0].shape[0]
     split = MIN_CHUNK if num_chunks > 1 else 0
     if takes_hopper("dkdv", band, q, k, v):
-        from nsa.kernels import banded_hopper_backward
+        from nsa.kernels import banded_hopper_dkdv
 
-        if banded_hopper_backward.takes_rows(q, d_out, q.shape[1] // num_heads):
-            size = banded_hopper_backward.KEYS
+        if banded_hopper_dkdv.takes_rows(q, d_out, q.shape[1] // num_heads):
+            size = banded_hopper_dkdv.KEYS
             tables = (band.key_tiles(size), *band.ends)
-            banded_hopper_backward.dkdv(d_out, q, k, v, stats, parts, tables, band.geometry, scale=scale, split=split)
+            banded_hopper_dkdv.dkdv(d_out, q, k, v, stats, parts, tables, band.geometry, scale=scale, split=split)
             return size
     options, constants = tile_settings("dkdv", q, k, v, band)
     size = int(constants["KEYS"])

@@ -1,4 +1,4 @@
-"""Hopper kernels of attention over a band of keys, in Gluon (banded.py says what they compute and when they are taken).
+"""Hopper kernels of attention over bands of keys, in Gluon (banded.py says what they compute and when they are taken).
 
 Two warp groups share each tile of keys, 64 rows of queries each, and wait for nothing of each other but for room for the
 next tile: while one computes exponents the other keeps the tensor cores busy. Warp group 0 starts the bulk copies (TMA) of
@@ -7,8 +7,8 @@ to stay asynchronous. A bulk copy may bring rows of a neighbouring sequence: the
 of V (K, q and dO, where they are factors of a gradient) are cleared in shared memory.
 
 Every program works on a fixed list of tiles; while it writes the results of one, queries and first keys of the next are on
-their way. A tile's result depends on its own sequence alone. Written for Triton 3.6's Gluon.
-Leaves out the backward pass (banded_hopper_backward.py).
+their way. Both bands of a tile may come one after the other: then its queries are read once. A tile's result depends on its own
+sequence alone. Written for Triton 3.6's Gluon. Leaves out the backward pass (banded_hopper_dq.py, banded_hopper_dkdv.py).
 """
 
 from functools import lru_cache
@@ -39,15 +39,22 @@ def key_range(first, last, num_keys, STRIDE: gl.constexpr, OFFSET: gl.constexpr,
 
 @gluon.jit
 def place_of(index, num_heads, tables, QUERIES: gl.constexpr):
-    """Unit of work `index`: KV head; first query (in its sequence, and packed); first key; lengths; position of the first and last query."""
-    Tiles, QueryEnds, TokenEnds, KeyEnds = tables
+    """Unit of work `index`: KV head, sequence; first query (in its sequence, and packed); number of queries; position of the first and last query."""
+    Tiles, QueryEnds, TokenEnds = tables
     tile, head = index // num_heads, index % num_heads
     sequence, start = gl.load(Tiles + 2 * tile), gl.load(Tiles + 2 * tile + 1)
-    first_query, first_key = gl.load(QueryEnds + sequence), gl.load(KeyEnds + sequence)
-    num_queries, num_keys = gl.load(QueryEnds + sequence + 1) - first_query, gl.load(KeyEnds + sequence + 1) - first_key
+    first_query = gl.load(QueryEnds + sequence)
+    num_queries = gl.load(QueryEnds + sequence + 1) - first_query
     ahead = gl.load(TokenEnds + sequence + 1) - gl.load(TokenEnds + sequence) - num_queries
     last = ahead + gl.minimum(start + QUERIES, num_queries) - 1
-    return head, start, (first_query + start).to(gl.int64), first_key, num_queries, num_keys, ahead + start, last
+    return head, sequence, start, (first_query + start).to(gl.int64), num_queries, ahead + start, last
+
+
+@gluon.jit
+def keys_of(KeyEnds, sequence):
+    """A sequence's first key in a band and how many it has."""
+    first_key = gl.load(KeyEnds + sequence)
+    return first_key, gl.load(KeyEnds + sequence + 1) - first_key
 
 
 @gluon.jit
@@ -114,43 +121,138 @@ def softmax_step(scores, row_max, scale, key, bounds, keys, positions, STRIDE: g
 
 
 @gluon.jit
-def fill_first(common, done, head, first_key, num_keys, first, last, STRIDE: gl.constexpr, OFFSET: gl.constexpr, WINDOW: gl.constexpr):
-    """Starts the copies of the first tiles of K and V for queries at positions first … last, after `done` others."""
-    descs, buffers, rings, _tensors, _tables, strides, _scale, _num_tiles, _num_heads = common
+def fill_first(band, buffers, rings, done, place, STRIDE: gl.constexpr, OFFSET: gl.constexpr, WINDOW: gl.constexpr):
+    """Starts the copies of the first tiles of a band's K and V for the queries at a place, after `done` others."""
+    descs, KeyEnds, _tensors, strides = band
     k_desc, v_desc = descs
-    _, keys, values = buffers
+    keys, values = buffers
     k_ready, k_empty, v_ready, v_empty, _cleared = rings
     stages: gl.constexpr = keys.type.shape[0]
     width: gl.constexpr = keys.type.shape[1]
+    head, sequence, _start, _row, _num_queries, first, last = place
+    first_key, num_keys = keys_of(KeyEnds, sequence)
     begin, _, _, end = key_range(first, last, num_keys, STRIDE, OFFSET, WINDOW)
     key_row, count = first_key + begin, gl.maximum(gl.cdiv(end - begin, width), 1)
     for i in gl.static_range(stages):
         if i < count:
-            fill(k_desc, keys, k_ready, k_empty, done + i, key_row + i * width, head * strides[2])
+            fill(k_desc, keys, k_ready, k_empty, done + i, key_row + i * width, head * strides[0])
             if i < stages - 1:
-                fill(v_desc, values, v_ready, v_empty, done + i, key_row + i * width, head * strides[3])
+                fill(v_desc, values, v_ready, v_empty, done + i, key_row + i * width, head * strides[1])
+
+
+@gluon.jit
+def attend(
+    band, query_tile, buffers, rings, turns, place, rows, columns, zeros, nothing, scale,
+    WARP_GROUP: gl.constexpr, GROUP: gl.constexpr, STRIDE: gl.constexpr, OFFSET: gl.constexpr, WINDOW: gl.constexpr,
+    SCORES: gl.constexpr, OUTPUT: gl.constexpr, WIDE: gl.constexpr,
+):  # fmt: skip
+    """Online softmax of a tile over a band's keys: the last product on its way (Σ p·v), the place of its values, maxima, sums of p, new turns."""
+    descs, KeyEnds, _tensors, strides = band
+    k_desc, v_desc = descs
+    keys, values = buffers
+    k_ready, k_empty, v_ready, v_empty, cleared = rings
+    done, clearings = turns
+    STAGES: gl.constexpr = keys.type.shape[0]
+    KEYS: gl.constexpr = keys.type.shape[1]
+    DTYPE: gl.constexpr = k_desc.dtype
+    weight_layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=OUTPUT, k_width=2)
+    head, sequence, _start, _row, _num_queries, first, last = place
+    first_key, num_keys = keys_of(KeyEnds, sequence)
+    begin, all_begin, all_end, end = key_range(first, last, num_keys, STRIDE, OFFSET, WINDOW)
+    count = gl.maximum(gl.cdiv(end - begin, KEYS), 1)
+    key_row, positions, bounds = first_key + begin, first + rows // GROUP, (all_begin, all_end)
+
+    slot = await_tile(k_ready, done)
+    scores = warpgroup_mma(query_tile, keys.index(slot).permute((1, 0)), zeros, use_acc=False)
+    mbarrier.arrive(k_empty.index(slot), count=1)
+    row_max = gl.full([64], float("-inf"), gl.float32, layout=gl.SliceLayout(1, SCORES))
+    p, row_max, decay = softmax_step(scores, row_max, scale, begin, bounds, columns, positions, STRIDE, OFFSET, WINDOW)
+    row_sum = gl.sum(p, 1)
+    weights = gl.convert_layout(p.to(DTYPE), weight_layout)
+    acc = nothing
+    for i in range(1, count):
+        slot = await_tile(k_ready, done + i)
+        coming = warpgroup_mma(query_tile, keys.index(slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
+        v_slot = await_tile(v_ready, done + i - 1)
+        adding = warpgroup_mma(weights, values.index(v_slot), acc, is_async=True)
+        if WARP_GROUP == 0:
+            if i + STAGES - 1 < count:
+                fill(k_desc, keys, k_ready, k_empty, done + i + STAGES - 1, key_row + (i + STAGES - 1) * KEYS, head * strides[0])
+            if i + STAGES - 2 < count:
+                fill(v_desc, values, v_ready, v_empty, done + i + STAGES - 2, key_row + (i + STAGES - 2) * KEYS, head * strides[1])
+        scores = warpgroup_mma_wait(1, deps=[coming])
+        mbarrier.arrive(k_empty.index(slot), count=1)
+        p, row_max, decay = softmax_step(scores, row_max, scale, begin + i * KEYS, bounds, columns, positions, STRIDE, OFFSET, WINDOW)
+        row_sum = row_sum * decay + gl.sum(p, 1)
+        acc = warpgroup_mma_wait(0, deps=[adding])
+        mbarrier.arrive(v_empty.index(v_slot), count=1)
+        acc = acc * gl.convert_layout(decay, gl.SliceLayout(1, OUTPUT))[:, None]
+        weights = gl.convert_layout(p.to(DTYPE), weight_layout)
+    slot = await_tile(v_ready, done + count - 1)
+    if begin + count * KEYS > num_keys:
+        last_key = begin + (count - 1) * KEYS
+        if KEYS == 128:
+            clear_rows(values.index(slot).slice(WARP_GROUP * 64, 64), last_key + WARP_GROUP * 64, num_keys, WIDE)
+        elif WARP_GROUP == 0:
+            clear_rows(values.index(slot), last_key, num_keys, WIDE)
+        await_clearing(cleared, clearings)
+        clearings += 1
+    adding = warpgroup_mma(weights, values.index(slot), acc, is_async=True)
+    return adding, slot, row_max, row_sum, (done + count, clearings)
+
+
+@gluon.jit
+def finish(
+    adding, slot, row_max, row_sum, band, tensors, strides, v_empty, place, rows, wide_rows, dims,
+    GROUP: gl.constexpr, ACCUMULATE: gl.constexpr, KEEP: gl.constexpr, OUTPUT: gl.constexpr, WIDE: gl.constexpr,
+):  # fmt: skip
+    """Waits for a band's last product and writes LSE, branch output and Out (+)= gate · o."""
+    _descs, _key_ends, band_tensors, band_strides = band
+    Gate, Branch, Lse = band_tensors
+    _stride_kh, _stride_vh, stride_g, stride_gh, stride_b, stride_bh, stride_l = band_strides
+    _queries, Out = tensors
+    _stride_q, _stride_qh, stride_o, stride_oh = strides
+    head, _sequence, start, row, num_queries, _first, _last = place
+    group = head * GROUP
+    QUERIES: gl.constexpr = 128 // GROUP
+    valid = (start + wide_rows // GROUP < num_queries) & (wide_rows < QUERIES * GROUP)
+    out_at = row_pointers(Out + group * stride_oh, row, stride_o, stride_oh, wide_rows, GROUP)[:, None] + dims
+    if ACCUMULATE:
+        before = gl.load(out_at, mask=valid[:, None], other=0.0)
+    gate = gl.load(row_pointers(Gate + group * stride_gh, row, stride_g, stride_gh, wide_rows, GROUP), mask=valid, other=0.0)
+    acc = warpgroup_mma_wait(0, deps=[adding])
+    mbarrier.arrive(v_empty.index(slot), count=1)
+    some = row_sum > 0
+    total = gl.where(some, row_sum, 1.0)
+    lse = gl.where(some, (row_max + gl.log2(total)) * 0.6931471805599453, float("-inf"))
+    written = (start + rows // GROUP < num_queries) & (rows < QUERIES * GROUP)
+    gl.store(row_pointers(Lse + group, row, stride_l, 1, rows, GROUP), lse, mask=written)
+    result = gl.convert_layout(acc / gl.convert_layout(total, gl.SliceLayout(1, OUTPUT))[:, None], WIDE)
+    if KEEP:
+        at = row_pointers(Branch + group * stride_bh, row, stride_b, stride_bh, wide_rows, GROUP)
+        gl.store(at[:, None] + dims, result.to(Branch.dtype.element_ty), mask=valid[:, None])
+    result = result * gate.to(gl.float32)[:, None]
+    if ACCUMULATE:
+        result += before.to(gl.float32)
+    gl.store(out_at, result.to(Out.dtype.element_ty), mask=valid[:, None])
 
 
 @gluon.jit
 def forward_rows(
     common,
-    WARP_GROUP: gl.constexpr, GROUP: gl.constexpr, STRIDE: gl.constexpr, OFFSET: gl.constexpr, WINDOW: gl.constexpr,
+    WARP_GROUP: gl.constexpr, GROUP: gl.constexpr, STRIDE: gl.constexpr, OFFSET: gl.constexpr, WINDOW: gl.constexpr, SECOND: gl.constexpr,
     ACCUMULATE: gl.constexpr, KEEP: gl.constexpr,
 ):  # fmt: skip
     """Rows 64·WARP_GROUP … of each of the program's tiles."""
-    descs, buffers, rings, tensors, tables, strides, scale, num_tiles, num_heads = common
-    k_desc, v_desc = descs
-    queries, keys, values = buffers
-    k_ready, k_empty, v_ready, v_empty, cleared = rings
-    Q, Gate, Out, Branch, Lse = tensors
-    stride_q, stride_qh, stride_kh, stride_vh, stride_g, stride_gh, stride_o, stride_oh, stride_b, stride_bh, stride_l = strides
-    STAGES: gl.constexpr = keys.type.shape[0]
-    KEYS: gl.constexpr = keys.type.shape[1]
-    DIM: gl.constexpr = keys.type.shape[2]
+    first_band, second_band, queries, buffers, rings, tensors, tables, strides, scale, num_tiles, num_heads = common
+    v_empty = rings[3]
+    Q, _out = tensors
+    stride_q, stride_qh, _stride_o, _stride_oh = strides
+    KEYS: gl.constexpr = buffers[0].type.shape[1]
+    DIM: gl.constexpr = buffers[0].type.shape[2]
     QUERIES: gl.constexpr = 128 // GROUP
     mma_s: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, KEYS, 16])
     mma_o: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, DIM, 16])
-    weight_layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=mma_o, k_width=2)
     wide: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [4, 1], [1, 0])
     query_tile = queries.index(WARP_GROUP)
     rows = WARP_GROUP * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, mma_s))
@@ -159,105 +261,67 @@ def forward_rows(
     dims = gl.arange(0, DIM, layout=gl.SliceLayout(0, wide))[None, :]
     zeros = gl.zeros([64, KEYS], gl.float32, layout=mma_s)
     num_units, step = num_tiles * num_heads, gl.num_programs(0)
-    head, start, row, first_key, num_queries, num_keys, first, last = place_of(gl.program_id(0), num_heads, tables, QUERIES)
+    place = place_of(gl.program_id(0), num_heads, tables, QUERIES)
     if WARP_GROUP == 0:
-        fill_first(common, 0, head, first_key, num_keys, first, last, STRIDE, OFFSET, WINDOW)
-    valid = (start + wide_rows // GROUP < num_queries) & (wide_rows < QUERIES * GROUP)
-    first_at = row_pointers(Q + head * GROUP * stride_qh, row, stride_q, stride_qh, wide_rows, GROUP)
+        fill_first(first_band, buffers, rings, 0, place, STRIDE, OFFSET, WINDOW)
+    valid = (place[2] + wide_rows // GROUP < place[4]) & (wide_rows < QUERIES * GROUP)
+    first_at = row_pointers(Q + place[0] * GROUP * stride_qh, place[3], stride_q, stride_qh, wide_rows, GROUP)
     query_tile.store(gl.load(first_at[:, None] + dims, mask=valid[:, None], other=0.0))
     fence_async_shared()
     gl.thread_barrier()
-    done, clearings = 0, 0
+    turns = (0, 0)
     for index in range(gl.program_id(0), num_units, step):
-        next_head, next_start, next_row, next_first_key, next_queries, next_keys, next_first, next_last = place_of(
-            gl.minimum(index + step, num_units - 1), num_heads, tables, QUERIES
-        )
-        begin, all_begin, all_end, end = key_range(first, last, num_keys, STRIDE, OFFSET, WINDOW)
-        count = gl.maximum(gl.cdiv(end - begin, KEYS), 1)
-        key_row, group = first_key + begin, head * GROUP
-
-        positions = first + rows // GROUP
-        bounds = (all_begin, all_end)
-        slot = await_tile(k_ready, done)
-        scores = warpgroup_mma(query_tile, keys.index(slot).permute((1, 0)), zeros, use_acc=False)
-        mbarrier.arrive(k_empty.index(slot), count=1)
-        row_max = gl.full([64], float("-inf"), gl.float32, layout=gl.SliceLayout(1, mma_s))
-        p, row_max, decay = softmax_step(scores, row_max, scale, begin, bounds, columns, positions, STRIDE, OFFSET, WINDOW)
-        row_sum = gl.sum(p, 1)
-        weights = gl.convert_layout(p.to(Q.dtype.element_ty), weight_layout)
-        acc = gl.zeros([64, DIM], gl.float32, layout=mma_o)
-        for i in range(1, count):
-            slot = await_tile(k_ready, done + i)
-            coming = warpgroup_mma(query_tile, keys.index(slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
-            v_slot = await_tile(v_ready, done + i - 1)
-            adding = warpgroup_mma(weights, values.index(v_slot), acc, is_async=True)
+        next_place = place_of(gl.minimum(index + step, num_units - 1), num_heads, tables, QUERIES)
+        nothing = gl.zeros([64, DIM], gl.float32, layout=mma_o)
+        adding, slot, row_max, row_sum, turns = attend(
+            first_band, query_tile, buffers, rings, turns, place, rows, columns, zeros, nothing, scale,
+            WARP_GROUP, GROUP, STRIDE, OFFSET, WINDOW, mma_s, mma_o, wide,
+        )  # fmt: skip
+        if SECOND > 0:
             if WARP_GROUP == 0:
-                if i + STAGES - 1 < count:
-                    fill(k_desc, keys, k_ready, k_empty, done + i + STAGES - 1, key_row + (i + STAGES - 1) * KEYS, head * stride_kh)
-                if i + STAGES - 2 < count:
-                    fill(v_desc, values, v_ready, v_empty, done + i + STAGES - 2, key_row + (i + STAGES - 2) * KEYS, head * stride_vh)
-            scores = warpgroup_mma_wait(1, deps=[coming])
-            mbarrier.arrive(k_empty.index(slot), count=1)
-            p, row_max, decay = softmax_step(scores, row_max, scale, begin + i * KEYS, bounds, columns, positions, STRIDE, OFFSET, WINDOW)
-            row_sum = row_sum * decay + gl.sum(p, 1)
-            acc = warpgroup_mma_wait(0, deps=[adding])
-            mbarrier.arrive(v_empty.index(v_slot), count=1)
-            acc = acc * gl.convert_layout(decay, gl.SliceLayout(1, mma_o))[:, None]
-            weights = gl.convert_layout(p.to(Q.dtype.element_ty), weight_layout)
-        slot = await_tile(v_ready, done + count - 1)
-        if begin + count * KEYS > num_keys:
-            last_key = begin + (count - 1) * KEYS
-            if KEYS == 128:
-                clear_rows(values.index(slot).slice(WARP_GROUP * 64, 64), last_key + WARP_GROUP * 64, num_keys, wide)
-            elif WARP_GROUP == 0:
-                clear_rows(values.index(slot), last_key, num_keys, wide)
-            await_clearing(cleared, clearings)
-            clearings += 1
-        adding = warpgroup_mma(weights, values.index(slot), acc, is_async=True)
-        done += count
+                fill_first(second_band, buffers, rings, turns[0], place, 1, 0, SECOND)
+            finish(
+                adding, slot, row_max, row_sum, first_band, tensors, strides, v_empty, place, rows, wide_rows, dims,
+                GROUP, ACCUMULATE, KEEP, mma_o, wide,
+            )  # fmt: skip
+            adding, slot, row_max, row_sum, turns = attend(
+                second_band, query_tile, buffers, rings, turns, place, rows, columns, zeros, nothing, scale,
+                WARP_GROUP, GROUP, 1, 0, SECOND, mma_s, mma_o, wide,
+            )  # fmt: skip
         more = index + step < num_units
-        next_valid = (next_start + wide_rows // GROUP < next_queries) & (wide_rows < QUERIES * GROUP) & more
-        at = row_pointers(Q + next_head * GROUP * stride_qh, next_row, stride_q, stride_qh, wide_rows, GROUP)
+        next_valid = (next_place[2] + wide_rows // GROUP < next_place[4]) & (wide_rows < QUERIES * GROUP) & more
+        at = row_pointers(Q + next_place[0] * GROUP * stride_qh, next_place[3], stride_q, stride_qh, wide_rows, GROUP)
         next_q = gl.load(at[:, None] + dims, mask=next_valid[:, None], other=0.0)
         if WARP_GROUP == 0:  # noqa: SIM102 (one is known when compiled, the other is not)
             if more:
-                fill_first(common, done, next_head, next_first_key, next_keys, next_first, next_last, STRIDE, OFFSET, WINDOW)
-        valid = (start + wide_rows // GROUP < num_queries) & (wide_rows < QUERIES * GROUP)
-        out_at = row_pointers(Out + group * stride_oh, row, stride_o, stride_oh, wide_rows, GROUP)[:, None] + dims
-        if ACCUMULATE:
-            before = gl.load(out_at, mask=valid[:, None], other=0.0)
-        gate = gl.load(row_pointers(Gate + group * stride_gh, row, stride_g, stride_gh, wide_rows, GROUP), mask=valid, other=0.0)
-        acc = warpgroup_mma_wait(0, deps=[adding])
-        mbarrier.arrive(v_empty.index(slot), count=1)
-
-        some = row_sum > 0
-        total = gl.where(some, row_sum, 1.0)
-        lse = gl.where(some, (row_max + gl.log2(total)) * 0.6931471805599453, float("-inf"))
-        written = (start + rows // GROUP < num_queries) & (rows < QUERIES * GROUP)
-        gl.store(row_pointers(Lse + group, row, stride_l, 1, rows, GROUP), lse, mask=written)
-        result = gl.convert_layout(acc / gl.convert_layout(total, gl.SliceLayout(1, mma_o))[:, None], wide)
-        if KEEP:
-            at = row_pointers(Branch + group * stride_bh, row, stride_b, stride_bh, wide_rows, GROUP)
-            gl.store(at[:, None] + dims, result.to(Branch.dtype.element_ty), mask=valid[:, None])
-        result = result * gate.to(gl.float32)[:, None]
-        if ACCUMULATE:
-            result += before.to(gl.float32)
-        gl.store(out_at, result.to(Out.dtype.element_ty), mask=valid[:, None])
+                fill_first(first_band, buffers, rings, turns[0], next_place, STRIDE, OFFSET, WINDOW)
+        if SECOND > 0:
+            finish(
+                adding, slot, row_max, row_sum, second_band, tensors, strides, v_empty, place, rows, wide_rows, dims,
+                GROUP, True, KEEP, mma_o, wide,
+            )  # fmt: skip
+        else:
+            finish(
+                adding, slot, row_max, row_sum, first_band, tensors, strides, v_empty, place, rows, wide_rows, dims,
+                GROUP, ACCUMULATE, KEEP, mma_o, wide,
+            )  # fmt: skip
         gl.thread_barrier()
         query_tile.store(next_q)
         fence_async_shared()
         gl.thread_barrier()
-        head, start, row, first_key = next_head, next_start, next_row, next_first_key
-        num_queries, num_keys, first, last = next_queries, next_keys, next_first, next_last
+        place = next_place
 
 
 @gluon.jit(do_not_specialize=["num_tiles"])
 def forward_kernel(
-    k_desc, v_desc, tensors, tables, strides, scale, num_tiles, num_heads,
-    GROUP: gl.constexpr, STRIDE: gl.constexpr, OFFSET: gl.constexpr, WINDOW: gl.constexpr, STAGES: gl.constexpr,
+    k_desc, v_desc, k_desc_2, v_desc_2, tensors, tables, key_ends, first_tensors, second_tensors, strides, first_strides, second_strides,
+    scale, num_tiles, num_heads,
+    GROUP: gl.constexpr, STRIDE: gl.constexpr, OFFSET: gl.constexpr, WINDOW: gl.constexpr, SECOND: gl.constexpr, STAGES: gl.constexpr,
     ACCUMULATE: gl.constexpr, KEEP: gl.constexpr,
 ):  # fmt: skip
-    """Out (+)= gate · o, branch output and LSE of the tiles program, program + programs, …, heads of a tile side by side."""
+    """Out (+)= gate · o, branch output and LSE of the tiles program, program + programs, …, heads of a tile side by side.
+
+    SECOND: the window of a second band, of raw keys, whose gate · o is added to Out; 0: there is none."""
     KEYS: gl.constexpr = k_desc.block_type.shape[0]
     DIM: gl.constexpr = k_desc.block_type.shape[1]
     queries = gl.allocate_shared_memory(k_desc.dtype, [2, 64, DIM], gl.NVMMASharedLayout.get_default_for([64, DIM], k_desc.dtype))
@@ -276,11 +340,13 @@ def forward_kernel(
         mbarrier.init(v_empty.index(i), count=2)
     fence_async_shared()
     rings = (k_ready, k_empty, v_ready, v_empty, cleared)
-    common = ((k_desc, v_desc), (queries, keys, values), rings, tensors, tables, strides, scale, num_tiles, num_heads)
+    first_band = ((k_desc, v_desc), key_ends[0], first_tensors, first_strides)
+    second_band = ((k_desc_2, v_desc_2), key_ends[1], second_tensors, second_strides)
+    common = (first_band, second_band, queries, (keys, values), rings, tensors, tables, strides, scale, num_tiles, num_heads)
     gl.warp_specialize(
         [
-            (forward_rows, (common, 0, GROUP, STRIDE, OFFSET, WINDOW, ACCUMULATE, KEEP)),
-            (forward_rows, (common, 1, GROUP, STRIDE, OFFSET, WINDOW, ACCUMULATE, KEEP)),
+            (forward_rows, (common, 0, GROUP, STRIDE, OFFSET, WINDOW, SECOND, ACCUMULATE, KEEP)),
+            (forward_rows, (common, 1, GROUP, STRIDE, OFFSET, WINDOW, SECOND, ACCUMULATE, KEEP)),
         ],
         [4],
         [240],
@@ -323,26 +389,32 @@ def num_processors(device: torch.device) -> int:
 
 
 def forward_ring(window: bool) -> tuple[int, int]:
-    """Keys of a tile and how many tiles of K (and of V) lie in shared memory."""
+    """Keys of a tile and how many tiles of K (and of V) lie in shared memory, for a window alone or for anything else."""
     return (64, 3) if window else (128, 2)
 
 
 def forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, gate: torch.Tensor, out: torch.Tensor, branch: torch.Tensor | None, lse: torch.Tensor,
-    tables: tuple[torch.Tensor, ...], geometry: dict[str, int], *, scale: float, accumulate: bool,
+    q: torch.Tensor, bands: list[tuple[torch.Tensor, ...]], out: torch.Tensor, tables: tuple[torch.Tensor, ...], geometry: dict[str, int], second: int,
+    *, scale: float, accumulate: bool, keep: bool,
 ) -> None:  # fmt: skip
-    """`banded.banded_forward` on these kernels: writes out, branch (where given) and lse.
+    """`banded.banded_forward` on these kernels, for one band or for two, whose outputs are added up: writes out, branches and lse.
 
     Args:
-        tables: query tiles of ROWS // group queries, ends of queries, of tokens and of the band's keys.
-        geometry: STRIDE, OFFSET, WINDOW. scale: on q·k, times log2(e).
+        bands: one or two times k, v, ends of the band's keys, gate, branch (`out` unless `keep`), lse.
+        tables: query tiles of ROWS // group queries, ends of queries and of tokens.
+        geometry: STRIDE, OFFSET, WINDOW of the first band. second: the window of the second one, whose keys are raw ones; 0: there is none.
+        scale: on q·k, times log2(e).
     """
-    num_heads = k.shape[1]
-    num_tiles, kept = tables[0].shape[0], out if branch is None else branch
+    num_heads, num_tiles = bands[0][0].shape[1], tables[0].shape[0]
     keys, stages = forward_ring(geometry["WINDOW"] > 0)
-    strides = (*q.stride()[:2], k.stride(1), v.stride(1), *gate.stride(), *out.stride()[:2], *kept.stride()[:2], lse.stride(0))
+    descriptors, key_ends, tensors, strides = [], [], [], []
+    for k, v, ends, gate, branch, lse in (bands[0], bands[-1]):
+        descriptors += [key_descriptor(k, keys), key_descriptor(v, keys)]
+        key_ends.append(ends)
+        tensors.append((gate, branch, lse))
+        strides.append((k.stride(1), v.stride(1), *gate.stride(), *branch.stride()[:2], lse.stride(0)))
     launch(
         forward_kernel, (min(num_tiles * num_heads, num_processors(q.device)),),
-        key_descriptor(k, keys), key_descriptor(v, keys), (q, gate, out, kept, lse), tables, strides, scale, num_tiles, num_heads,
-        GROUP=q.shape[1] // num_heads, **geometry, STAGES=stages, ACCUMULATE=accumulate, KEEP=branch is not None, num_warps=4,
+        *descriptors, (q, out), tables, tuple(key_ends), *tensors, (*q.stride()[:2], *out.stride()[:2]), *strides, scale, num_tiles, num_heads,
+        GROUP=q.shape[1] // num_heads, **geometry, SECOND=second, STAGES=stages, ACCUMULATE=accumulate, KEEP=keep, num_warps=4,
     )  # fmt: skip

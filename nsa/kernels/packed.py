@@ -20,7 +20,7 @@ from torch import Tensor
 from nsa.attention import RECOMPUTE, BranchKV, Phi, replayed
 from nsa.blocks import selection_dtype
 from nsa.config import SparsityConfig
-from nsa.kernels.banded import Band, banded_backward, banded_forward
+from nsa.kernels.banded import Band, BandTensors, both_backward, both_forward
 from nsa.kernels.compress import compress
 from nsa.kernels.gating import gate_backward
 from nsa.kernels.launch import rehearse_once
@@ -65,6 +65,14 @@ def attention_forward(
     return run_branches(*tensors, selection, plan, scale, keep, deterministic)
 
 
+def band_tensors(
+    kc: Tensor, vc: Tensor, k_win: Tensor, v_win: Tensor, gate: tuple[Tensor, ...], plan: KernelPlan
+) -> tuple[BandTensors, BandTensors]:
+    """The compression band and the window."""
+    compression, window = Band("compression", plan, plan.config), Band("window", plan, plan.config)
+    return BandTensors(compression, kc, vc, gate[0]), BandTensors(window, k_win, v_win, gate[2])
+
+
 def run_branches(
     q: Tensor, kc: Tensor, vc: Tensor, k_slc: Tensor, v_slc: Tensor, k_win: Tensor, v_win: Tensor, gates: Tensor, selection: Tensor | None,
     plan: KernelPlan, scale: float, keep: bool, deterministic: bool,
@@ -74,7 +82,8 @@ def run_branches(
     out = q.new_empty(*q.shape[:2], v_slc.shape[2])
     gate = gates.unbind(-1)
     common: dict[str, Any] = {"scale": scale, "out": out, "keep": keep}
-    out_cmp, lse_cmp = banded_forward(q, kc, vc, Band("compression", plan, config), gate=gate[0], accumulate=False, **common)
+    bands = band_tensors(kc, vc, k_win, v_win, gate, plan)
+    (out_cmp, lse_cmp), (out_win, lse_win) = both_forward(q, *bands, **common)
     if selection is None:
         chosen = choose_blocks(q, kc, lse_cmp, plan, config, scale=scale)
     elif bool((selection[..., 0] == RECOMPUTE).any()):
@@ -84,7 +93,6 @@ def run_branches(
     out_slc, lse_slc = selected_forward(
         q, k_slc, v_slc, chosen, plan, config, gate=gate[1], accumulate=True, deterministic=deterministic, **common
     )  # fmt: skip
-    out_win, lse_win = banded_forward(q, k_win, v_win, Band("window", plan, config), gate=gate[2], accumulate=True, **common)
     branches = [q.new_empty(0) if x is None else x for x in (out_cmp, out_slc, out_win)]
     return [out, chosen, *branches, lse_cmp, lse_slc, lse_win]
 
@@ -124,12 +132,11 @@ def attention_backward(
     d_gates, delta = gate_backward(d_out, gates, (out_cmp, out_slc, out_win))
     gate, deltas = gates.unbind(-1), delta.unbind(-1)
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    dkc, dvc = banded_backward(d_out, q, kc, vc, lse_cmp, deltas[0], gate[0], Band("compression", plan, config), scale=scale, dq=dq)
+    bands = band_tensors(kc, vc, k_win, v_win, gate, plan)
+    dkc, dvc, dk_win, dv_win = both_backward(d_out, q, *bands, (lse_cmp, lse_win), (deltas[0], deltas[2]), scale=scale, dq=dq)
     dk_slc, dv_slc = selected_backward(
         d_out, q, k_slc, v_slc, chosen, lse_slc, deltas[1], gate[1], plan, config, scale=scale, dq=dq, dq_before=dq, deterministic=deterministic
     )  # fmt: skip
-    window = Band("window", plan, config)
-    dk_win, dv_win = banded_backward(d_out, q, k_win, v_win, lse_win, deltas[2], gate[2], window, scale=scale, dq=dq, dq_before=dq)
     return [dq, dkc, dvc, dk_slc, dv_slc, dk_win, dv_win, d_gates]
 
 

@@ -19,7 +19,7 @@ import torch
 
 from nsa.config import SparsityConfig
 from nsa.kernels import banded
-from nsa.kernels.banded import Band, banded_backward, banded_forward
+from nsa.kernels.banded import Band, BandTensors, banded_backward, banded_forward, both_backward, both_forward
 from nsa.kernels.tiles import KernelPlan
 from nsa.testing import relative_rms
 
@@ -263,15 +263,14 @@ def hopper(monkeypatch):
             pytest.skip("no Hopper GPU with Triton 3.6")
         yield
         return
-    forward, backward = pytest.importorskip("nsa.kernels.banded_hopper"), pytest.importorskip("nsa.kernels.banded_hopper_backward")
-    kernels = {name: value for module in (forward, backward) for name, value in vars(module).items() if type(value).__name__ == "GluonJITFunction"}
+    modules = {name: pytest.importorskip(f"nsa.kernels.banded_hopper{name}") for name in ("", "_dq", "_dkdv")}
+    kernels = {name: value for module in modules.values() for name, value in vars(module).items() if type(value).__name__ == "GluonJITFunction"}
     sources = {name: kernel.fn for name, kernel in kernels.items()}
     with monkeypatch.context() as patch:
         patch.setattr(banded, "runs_hopper_kernels", lambda device: True)
-        for module, names in ((forward, ["forward_kernel"]), (backward, ["dq_kernel", "dkdv_kernel"])):
-            patch.setattr(module, "num_processors", lambda device: 2)
-            for name in names:
-                patch.setattr(module, name, StandIn(name, sources))
+        for suffix, name in (("", "forward_kernel"), ("_dq", "dq_kernel"), ("_dkdv", "dkdv_kernel")):
+            patch.setattr(modules[suffix], "num_processors", lambda device: 2, raising=False)
+            patch.setattr(modules[suffix], name, StandIn(name, sources))
         yield
 
 
@@ -305,6 +304,11 @@ def compare_both_ways(monkeypatch, kind, config, query_lengths, key_lengths, hea
         dk, dv = banded_backward(d_out, q, k, v, lse, delta, gates[..., 1], band, scale=0.2, dq=dq, dq_before=before)
         return [x[places[id(q)]] for x in (out, branch, lse, dq)] + [x[places[id(k)]] for x in (dk, dv)]
 
+    agree(monkeypatch, results, dtype)
+
+
+def agree(monkeypatch, results, dtype):
+    """`results()` is the same on the Triton and on the Hopper kernels."""
     with monkeypatch.context() as patch:
         patch.setattr(banded, "runs_hopper_kernels", lambda device: False)
         plain = results()
@@ -313,6 +317,59 @@ def compare_both_ways(monkeypatch, kind, config, query_lengths, key_lengths, hea
     for want, got in zip(plain, special, strict=True):
         assert torch.equal(want.isinf(), got.isinf()) and not got.isnan().any()
         assert relative_rms(got.nan_to_num(neginf=0.0), want.nan_to_num(neginf=0.0).double()) <= (2e-3 if dtype == torch.float16 else 1e-2)
+
+
+def compare_both_bands(monkeypatch, config, query_lengths, key_lengths, heads, group, dim, dtype=torch.float16):
+    """One Hopper kernel for both bands gives what the Triton kernels of each give one after the other; poisoned results."""
+    ends = [torch.tensor([0, *lengths]).cumsum(0) for lengths in (query_lengths, key_lengths)]
+    plan = KernelPlan(ends[0], ends[1], config=config, device=torch.device(DEVICE))
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator).to(dtype).to(DEVICE)
+
+    rows = sum(query_lengths)
+    q, d_out, gates = normal(rows, heads * group, dim), normal(rows, heads * group, dim), normal(rows, heads * group, 3).sigmoid()
+    gates[::5] = 0.0
+    parts = [
+        BandTensors(Band(kind, plan, config), normal(count, heads, dim), normal(count, heads, dim), gates[..., place])
+        for kind, count, place in (("compression", plan.num_compressed, 0), ("window", plan.num_keys, 2))
+    ]
+    calls = []
+    forward, dq = banded.hopper_forward, banded.hopper_dq
+    monkeypatch.setattr(banded, "hopper_forward", lambda q, parts, **rest: calls.append(len(parts)) or forward(q, parts, **rest))
+    monkeypatch.setattr(banded, "hopper_dq", lambda d_out, q, parts, **rest: calls.append(len(parts)) or dq(d_out, q, parts, **rest))
+
+    def results():
+        out, d_q = torch.full_like(q, torch.nan), torch.full_like(q, torch.nan)
+        (branch, lse), (window, window_lse) = both_forward(q, *parts, scale=0.2, out=out, keep=True)
+        assert branch is not None and window is not None
+        deltas = [part.gate.float() * (d_out.float() * o.float()).sum(-1) for part, o in zip(parts, (branch, window), strict=True)]
+        gradients = both_backward(d_out, q, *parts, (lse, window_lse), (deltas[0], deltas[1]), scale=0.2, dq=d_q)
+        without = torch.full_like(q, torch.nan)
+        both_forward(q, *parts, scale=0.2, out=without, keep=False)
+        assert torch.equal(without, out)
+        return [out, branch, lse, window, window_lse, d_q, *gradients]
+
+    agree(monkeypatch, results, dtype)
+    assert calls == [2, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "heads", "group", "dim"), [([70, 7, 1, 66], 2, 1, 64), ([50, 1, 20], 1, 3, 64), ([13, 7, 5], 1, 16, 64), ([140, 5, 9], 1, 2, 128)]
+)
+def test_both_bands_in_one_kernel(monkeypatch, lengths, heads, group, dim):
+    compare_both_bands(monkeypatch, NARROW, lengths, lengths, heads, group, dim)
+
+
+def test_both_bands_of_the_last_queries_of_longer_keys(monkeypatch):
+    compare_both_bands(monkeypatch, NARROW, [90, 3, 2], [140, 9, 66], 1, 1, 64)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("group", "dim"), [(1, 128), (3, 128), (16, 128), (4, 64)])
+def test_both_bands_in_one_kernel_on_the_gpu(monkeypatch, group, dim):
+    compare_both_bands(monkeypatch, CONFIG, [2000, 77, 1, 300], [2100, 80, 1, 1333], 2, group, dim, dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize("kind", ["compression", "window"])
