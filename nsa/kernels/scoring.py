@@ -1,6 +1,6 @@
 """Block scores and the choice of the n best blocks (Eq. 8-12) without a score matrix.
 
-Two kernels per chunk of query tiles. The first computes q·kc again from the compression branch's LSE and writes each
+Two kernels per chunk of query tiles. The first (here, or for Hopper GPUs in scoring_hopper.py) computes q·kc again from the compression branch's LSE and writes each
 query's block scores to a scratch of bounded size; the second finds every row's n-th best score and writes the chosen
 blocks in ascending order. Tiles come in the order of what they see, so that a chunk's rows are as wide as its first tile
 needs (a power of two). Both add in one fixed order and use no atomics. Leaves out the compression branch itself
@@ -18,6 +18,7 @@ The n-th best of the lanes' best, found among few numbers, leaves few blocks too
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import ModuleType
 from weakref import WeakKeyDictionary
 
 import torch
@@ -26,6 +27,7 @@ import triton.language as tl
 
 from nsa.blocks import num_blocks
 from nsa.config import SparsityConfig
+from nsa.kernels.banded import runs_hopper_kernels
 from nsa.kernels.launch import LOG2_E, dot_precision, launch, padded, power_of_two
 from nsa.kernels.tiles import KernelPlan
 
@@ -267,6 +269,15 @@ def score_chunks(plan: KernelPlan, config: SparsityConfig, *, queries: int, num_
     return chunks
 
 
+def hopper_kernels(q: torch.Tensor, kc: torch.Tensor, per_block: int, per_token: int) -> ModuleType | None:
+    """The module of the Hopper kernel where it computes these scores; it is imported only where it can run."""
+    if not kc.shape[0] or not runs_hopper_kernels(q.device):
+        return None
+    from nsa.kernels import scoring_hopper
+
+    return scoring_hopper if scoring_hopper.takes(q, kc, per_block, per_token) else None
+
+
 def choose_blocks(q: torch.Tensor, kc: torch.Tensor, lse: torch.Tensor, plan: KernelPlan, config: SparsityConfig, *, scale: float) -> torch.Tensor:
     """The n blocks each query attends to (Eq. 8-12): forced initial and local blocks, then the best by score.
 
@@ -284,22 +295,31 @@ def choose_blocks(q: torch.Tensor, kc: torch.Tensor, lse: torch.Tensor, plan: Ke
     some_left_out = num_blocks(plan.max_key_length, config) > n
     group_pad, dim_pad = power_of_two(group), padded(key_dim)
     shape = score_tile(dim_pad, group_pad, q.dtype)
-    queries, per_block = shape.columns // group_pad, config.select_block_size // config.compress_stride
+    per_block, per_token = config.select_block_size // config.compress_stride, config.compress_block_size // config.compress_stride
+    hopper = hopper_kernels(q, kc, per_block, per_token)
+    queries = (hopper.COLUMNS if hopper else shape.columns) // group_pad
+    if hopper and some_left_out:
+        kc = hopper.whole_blocks(kc, per_block)
     if kc.stride(0) * shape.blocks * per_block >= 2**31:
         kc = kc.contiguous()
     tiles = plan.query_tiles(queries)
     chunks = score_chunks(plan, config, queries=queries, num_kv_heads=num_kv_heads, num_tiles=tiles.shape[0])
     most = max(count * width for _, count, width in chunks)
     scores = torch.empty(most * num_kv_heads * queries if some_left_out else 1, dtype=torch.float32, device=q.device)
+    tables = (tiles, plan.query_ends, plan.key_ends, plan.compressed_ends)
+    constants = {"GROUP": group, "GROUP_PAD": group_pad, "PER_BLOCK": per_block, "STRIDE": config.compress_stride}
+    constants |= {"LENGTH": config.compress_block_size, "SELECT": config.select_block_size, "CHOSEN": n}
     for first, count, width in chunks:
-        if some_left_out:
+        if some_left_out and hopper:
+            hopper.write_scores(
+                q, kc, lse, scores, tables, (first, count, width), constants, scale=scale * LOG2_E
+            )  # fmt: skip
+        elif some_left_out:
             launch(
-                score_kernel, (count, num_kv_heads), q, kc, lse, scores, tiles, plan.query_ends, plan.key_ends, plan.compressed_ends,
+                score_kernel, (count, num_kv_heads), q, kc, lse, scores, *tables,
                 *q.stride()[:2], *kc.stride()[:2], *lse.stride(), first, width, scale * LOG2_E,
-                GROUP=group, GROUP_PAD=group_pad, DIM=key_dim, DIM_PAD=dim_pad, QUERIES=queries, BLOCKS=shape.blocks, PER_BLOCK=per_block,
-                PER_TOKEN=config.compress_block_size // config.compress_stride, STRIDE=config.compress_stride, LENGTH=config.compress_block_size,
-                SELECT=config.select_block_size, CHOSEN=n, PRECISION=dot_precision(), num_warps=shape.num_warps, num_stages=shape.num_stages,
-                maxnreg=shape.registers,
+                **constants, DIM=key_dim, DIM_PAD=dim_pad, QUERIES=queries, BLOCKS=shape.blocks, PER_TOKEN=per_token,
+                PRECISION=dot_precision(), num_warps=shape.num_warps, num_stages=shape.num_stages, maxnreg=shape.registers,
             )  # fmt: skip
         rows, warps = min(queries, max(1, CHOOSE_SCORES // width)), min(16, max(1, width // CHOOSE_SCORES))
         lanes = min(width, 128 * warps)

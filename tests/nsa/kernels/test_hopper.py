@@ -1,4 +1,4 @@
-"""The Hopper kernels of banded attention: on a GPU beside the Triton ones, elsewhere by a stand-in for Gluon.
+"""The Hopper kernels of banded attention and of block scores: on a GPU beside the Triton ones, elsewhere by a stand-in for Gluon.
 
 The stand-in runs the kernels' own source on PyTorch tensors, a thread for each warp group. It is stricter than the GPU where
 that finds mistakes: a bulk copy lands at once (a place given up too late is overwritten), an asynchronous product reads its
@@ -18,8 +18,9 @@ import pytest
 import torch
 
 from nsa.config import SparsityConfig
-from nsa.kernels import banded
+from nsa.kernels import banded, scoring
 from nsa.kernels.banded import Band, BandTensors, banded_backward, banded_forward, both_backward, both_forward
+from nsa.kernels.scoring import choose_blocks
 from nsa.kernels.tiles import KernelPlan
 from nsa.testing import relative_rms
 
@@ -132,11 +133,11 @@ class Machine:
         anything = lambda *_, **__: None  # noqa: E731
         number = lambda x: x if isinstance(x, torch.Tensor) else torch.tensor(x)  # noqa: E731
         gl = types.SimpleNamespace(
-            float32=torch.float32, int64=torch.int64, static_range=range, cdiv=lambda a, b: (a + b - 1) // b,
+            float32=torch.float32, int32=torch.int32, int64=torch.int64, static_range=range, cdiv=lambda a, b: (a + b - 1) // b,
             program_id=lambda axis: torch.tensor(self.program[axis]), num_programs=lambda axis: self.grid[axis],
             minimum=lambda a, b: torch.minimum(number(a), number(b)), maximum=lambda a, b: torch.maximum(number(a), number(b)),
             where=torch.where, exp2=torch.exp2, log2=torch.log2, zeros_like=torch.zeros_like,
-            max=lambda x, axis: x.amax(axis), sum=lambda x, axis: x.sum(axis), convert_layout=lambda x, _: x,
+            gather=lambda x, index, axis: x.gather(axis, index.long()), max=lambda x, axis: x.amax(axis), sum=lambda x, axis: x.sum(axis), convert_layout=lambda x, _: x,
             zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype), arange=lambda a, b, layout: torch.arange(a, b),
             full=lambda shape, value, dtype, layout: torch.full(shape, value, dtype=dtype), thread_barrier=anything,
             load=self.load, store=self.store, allocate_shared_memory=self.allocate, warp_specialize=self.warp_specialize,
@@ -263,14 +264,15 @@ def hopper(monkeypatch):
             pytest.skip("no Hopper GPU with Triton 3.6")
         yield
         return
-    modules = {name: pytest.importorskip(f"nsa.kernels.banded_hopper{name}") for name in ("", "_dq", "_dkdv")}
+    modules = {name: pytest.importorskip(f"nsa.kernels.{name}") for name in ("banded_hopper", "banded_hopper_dq", "banded_hopper_dkdv", "scoring_hopper")}
     kernels = {name: value for module in modules.values() for name, value in vars(module).items() if type(value).__name__ == "GluonJITFunction"}
     sources = {name: kernel.fn for name, kernel in kernels.items()}
     with monkeypatch.context() as patch:
-        patch.setattr(banded, "runs_hopper_kernels", lambda device: True)
-        for suffix, name in (("", "forward_kernel"), ("_dq", "dq_kernel"), ("_dkdv", "dkdv_kernel")):
-            patch.setattr(modules[suffix], "num_processors", lambda device: 2, raising=False)
-            patch.setattr(modules[suffix], name, StandIn(name, sources))
+        for module in (banded, scoring):
+            patch.setattr(module, "runs_hopper_kernels", lambda device: True)
+        for module, name in zip(modules.values(), ("forward_kernel", "dq_kernel", "dkdv_kernel", "score_kernel"), strict=True):
+            patch.setattr(module, "num_processors", lambda device: 2, raising=False)
+            patch.setattr(module, name, StandIn(name, sources))
         yield
 
 
@@ -310,7 +312,8 @@ def compare_both_ways(monkeypatch, kind, config, query_lengths, key_lengths, hea
 def agree(monkeypatch, results, dtype):
     """`results()` is the same on the Triton and on the Hopper kernels."""
     with monkeypatch.context() as patch:
-        patch.setattr(banded, "runs_hopper_kernels", lambda device: False)
+        for module in (banded, scoring):
+            patch.setattr(module, "runs_hopper_kernels", lambda device: False)
         plain = results()
     with hopper(monkeypatch):
         special = results()
@@ -399,3 +402,49 @@ def test_last_queries_of_longer_keys_in_chunks(monkeypatch, kind):
 @pytest.mark.parametrize(("group", "dim"), [(1, 128), (3, 128), (16, 128), (4, 64)])
 def test_agree_with_the_triton_kernels_on_the_gpu(monkeypatch, kind, group, dim):
     compare_both_ways(monkeypatch, kind, CONFIG, [2000, 77, 1, 300], [2100, 80, 1, 1333], 2, group, dim, dtype=torch.bfloat16)
+
+
+def compare_choices(monkeypatch, config, query_lengths, key_lengths, heads, group, dim, dtype=torch.float16):
+    """The same blocks are chosen by the scores of both; the second sequence is NaN."""
+    ends = [torch.tensor([0, *lengths]).cumsum(0) for lengths in (query_lengths, key_lengths)]
+    plan = KernelPlan(ends[0], ends[1], config=config, device=torch.device(DEVICE))
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(plan.num_queries, heads * group, dim, generator=generator).to(dtype).to(DEVICE)
+    kc = torch.randn(plan.num_compressed, heads, dim, generator=generator).to(dtype).to(DEVICE)
+    lse = torch.rand(plan.num_queries, heads * group, generator=generator).to(DEVICE) + 3.0
+    kc[int(plan.compressed_ends[1]) : int(plan.compressed_ends[2])] = torch.nan
+    q[int(ends[0][1]) : int(ends[0][2])] = torch.nan
+    rows = torch.tensor([i for i in range(plan.num_queries) if not ends[0][1] <= i < ends[0][2]], device=DEVICE)
+    kernels = []
+    found = scoring.hopper_kernels
+    monkeypatch.setattr(scoring, "hopper_kernels", lambda *arguments: kernels.append(found(*arguments)) or kernels[-1])
+    chosen = []
+    with monkeypatch.context() as patch:
+        patch.setattr(scoring, "runs_hopper_kernels", lambda device: False)
+        chosen.append(choose_blocks(q, kc, lse, plan, config, scale=0.1)[rows])
+    with hopper(monkeypatch):
+        chosen.append(choose_blocks(q, kc, lse, plan, config, scale=0.1)[rows])
+    assert kernels[0] is None and kernels[1] is not None
+    assert (chosen[0] != chosen[1]).float().mean() <= (0.0 if DEVICE == "cpu" else 1e-3)  # sums in another order: a near tie may fall otherwise
+
+
+FINE = SparsityConfig(compress_block_size=4, compress_stride=2, select_block_size=4, num_selected_blocks=5, compressor="mean")
+
+
+@pytest.mark.parametrize(
+    ("config", "query_lengths", "lengths", "heads", "group", "dim"),
+    [
+        (FINE, [40, 2, 3], [270, 9, 30], 1, 4, 64),
+        (FINE, [5, 1], [530, 30], 1, 3, 64),
+        (NARROW, [70, 9, 50], [70, 9, 50], 1, 16, 64),
+        (NARROW, [9, 7, 8], [70, 44, 50], 2, 6, 128),
+    ],
+)
+def test_scores_choose_the_same_blocks(monkeypatch, config, query_lengths, lengths, heads, group, dim):
+    compare_choices(monkeypatch, config, query_lengths, lengths, heads, group, dim)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("group", "dim"), [(16, 128), (4, 128), (3, 64), (7, 128)])
+def test_scores_choose_the_same_blocks_on_the_gpu(monkeypatch, group, dim):
+    compare_choices(monkeypatch, CONFIG, [3000, 77, 1, 300], [5100, 80, 1, 1333], 2, group, dim, dtype=torch.bfloat16)
