@@ -53,8 +53,8 @@ def fill_rows(desc, buffers, ready, number, query, group):
 
 
 @gluon.jit
-def start_row_scores(key_tile, buffers, rings, number, query, num_queries, zeros, WARP_GROUP: gl.constexpr, GROUP: gl.constexpr, LAYOUT: gl.constexpr):
-    """Starts k·qᵀ of the `number`-th tile of rows once it and its dO are there and rows that the sequence does not have are cleared."""
+def await_rows(buffers, rings, number, query, num_queries, WARP_GROUP: gl.constexpr, GROUP: gl.constexpr, LAYOUT: gl.constexpr):
+    """The place of the `number`-th tile of rows once it and its dO are there and rows that the sequence does not have are cleared."""
     queries, d_outs = buffers
     q_ready, do_ready, _empty, cleared = rings
     slot = await_tile(q_ready, number)
@@ -65,7 +65,33 @@ def start_row_scores(key_tile, buffers, rings, number, query, num_queries, zeros
         else:
             clear_rows(d_outs.index(slot), query * GROUP, num_queries * GROUP, LAYOUT)
         await_clearing(cleared, 0)  # only the sequence's last tile: once in a program
-    return slot, warpgroup_mma(key_tile, queries.index(slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
+    return slot
+
+
+@gluon.jit
+def fill_tile(descs, buffers, rings, number, count, row, group, GROUP: gl.constexpr):
+    """Starts the copies of the `number`-th tile of q and dO, if there are so many, once both warp groups have left the place."""
+    q_desc, do_desc = descs
+    queries, d_outs = buffers
+    q_ready, do_ready, empty, _cleared = rings
+    stages: gl.constexpr = queries.type.shape[0]
+    if number < count:
+        mbarrier.wait(empty.index(number % stages), (number // stages & 1) ^ 1)
+        fill_rows(q_desc, queries, q_ready, number, row + number * (64 // GROUP), group)
+        fill_rows(do_desc, d_outs, do_ready, number, row + number * (64 // GROUP), group)
+
+
+@gluon.jit
+def pass_tiles(
+    descs, buffers, rings, first, last, count, begin, row, group, num_queries, WARP_GROUP: gl.constexpr, GROUP: gl.constexpr, LAYOUT: gl.constexpr
+):  # fmt: skip
+    """Lets tiles first … last - 1 by, which see none of the warp group's keys."""
+    stages: gl.constexpr = buffers[0].type.shape[0]
+    for number in range(first, last):
+        if WARP_GROUP == 0:
+            fill_tile(descs, buffers, rings, number + stages - 1, count, row, group, GROUP)
+        slot = await_rows(buffers, rings, number, begin + number * (64 // GROUP), num_queries, WARP_GROUP, GROUP, LAYOUT)
+        mbarrier.arrive(rings[2].index(slot), count=1)
 
 
 @gluon.jit
@@ -89,10 +115,9 @@ def dkdv_keys(
 ):  # fmt: skip
     """dk and dv of keys 64·WARP_GROUP … of the program's tile."""
     descs, key_buffers, buffers, stats, rings, tensors, tables, strides, score_scale, scale = common
-    q_desc, do_desc = descs
     keys, values = key_buffers
     queries, d_outs = buffers
-    q_ready, do_ready, empty, cleared = rings
+    empty = rings[2]
     K, V, Stats, DKey, DValue = tensors
     Tiles, QueryEnds, TokenEnds, KeyEnds = tables
     (
@@ -100,7 +125,7 @@ def dkdv_keys(
     ) = strides  # fmt: skip
     STAGES: gl.constexpr = queries.type.shape[0]
     DIM: gl.constexpr = queries.type.shape[2]
-    DTYPE: gl.constexpr = q_desc.dtype
+    DTYPE: gl.constexpr = descs[0].dtype
     QUERIES: gl.constexpr = 64 // GROUP
     mma_s: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
     mma_o: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, DIM, 16])
@@ -114,16 +139,20 @@ def dkdv_keys(
     num_queries, num_keys = gl.load(QueryEnds + sequence + 1) - first_query, gl.load(KeyEnds + sequence + 1) - first_key
     ahead = gl.load(TokenEnds + sequence + 1) - gl.load(TokenEnds + sequence) - num_queries
     last = gl.minimum(start + 128, num_keys) - 1
-    begin, all_begin, all_end, end = query_range(start, last, ahead, num_queries, chunk, STRIDE, OFFSET, WINDOW, SPLIT)
+    begin, _, _, end = query_range(start, last, ahead, num_queries, chunk, STRIDE, OFFSET, WINDOW, SPLIT)
     count = gl.cdiv(gl.maximum(end - begin, 0), QUERIES)
     packed, group = first_query + begin, head * GROUP
+    first = start + WARP_GROUP * 64
+    own_begin, all_begin, all_end, own_end = query_range(
+        first, gl.minimum(last, first + 63), ahead, num_queries, chunk, STRIDE, OFFSET, WINDOW, SPLIT
+    )  # fmt: skip
+    own_first = gl.minimum(gl.maximum(own_begin - begin, 0) // QUERIES, count)
+    own_last = gl.maximum(gl.minimum(gl.cdiv(gl.maximum(own_end - begin, 0), QUERIES), count), own_first)
     if WARP_GROUP == 0:
         for i in gl.static_range(STAGES - 1):
-            if i < count:
-                fill_rows(q_desc, queries, q_ready, i, packed + i * QUERIES, group)
-                fill_rows(do_desc, d_outs, do_ready, i, packed + i * QUERIES, group)
+            fill_tile(descs, buffers, rings, i, count, packed, group, GROUP)
     source, last_row = Stats + head.to(gl.int64) * stride_sh, gl.maximum((first_query + num_queries) * GROUP - 1, 0)
-    copy_stats(stats.index(2 * WARP_GROUP), source, packed * GROUP, last_row, stats_size, line)
+    copy_stats(stats.index(2 * WARP_GROUP + own_first % 2), source, (packed + own_first * QUERIES) * GROUP, last_row, stats_size, line)
     wide_keys = start + WARP_GROUP * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, wide))
     dims = gl.arange(0, DIM, layout=gl.SliceLayout(0, wide))[None, :]
     packed_keys = (first_key + wide_keys).to(gl.int64)[:, None]
@@ -140,38 +169,42 @@ def dkdv_keys(
     ends = ((start + WARP_GROUP * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, mma_s))) * STRIDE + OFFSET - ahead)[:, None]
     columns = gl.arange(0, 64, layout=column_layout) // GROUP
     bounds = (all_begin, all_end, end)
-    if count > 0:
-        slot, scores = start_row_scores(key_tile, buffers, rings, 0, begin, num_queries, zeros, WARP_GROUP, GROUP, wide)
+    pass_tiles(descs, buffers, rings, 0, own_first, count, begin, packed, group, num_queries, WARP_GROUP, GROUP, wide)
+    if own_first < own_last:
+        slot = await_rows(buffers, rings, own_first, begin + own_first * QUERIES, num_queries, WARP_GROUP, GROUP, wide)
+        scores = warpgroup_mma(key_tile, queries.index(slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
         d_p = warpgroup_mma(value_tile, d_outs.index(slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
         scores = warpgroup_mma_wait(1, deps=[scores])
-        for turn in range(1, count):
-            later = turn + STAGES - 2
-            if WARP_GROUP == 0:  # noqa: SIM102 (one is known when compiled, the other is not)
-                if later < count:
-                    mbarrier.wait(empty.index(later % STAGES), (later // STAGES & 1) ^ 1)
-                    fill_rows(q_desc, queries, q_ready, later, packed + later * QUERIES, group)
-                    fill_rows(do_desc, d_outs, do_ready, later, packed + later * QUERIES, group)
+        for turn in range(own_first + 1, own_last):
+            if WARP_GROUP == 0:
+                fill_tile(descs, buffers, rings, turn + STAGES - 2, count, packed, group, GROUP)
             before = (turn - 1) % STAGES
             copy_stats(stats.index(2 * WARP_GROUP + turn % 2), source, (packed + turn * QUERIES) * GROUP, last_row, stats_size, line)
             async_copy.wait_group(1)
             gl.thread_barrier()
             here = stats.index(2 * WARP_GROUP + (turn - 1) % 2)
-            p = key_weights(scores, here.slice(0, 64).load(column_layout), score_scale, begin + (turn - 1) * QUERIES, bounds, ends, columns, QUERIES, WINDOW)
+            shift = here.slice(0, 64).load(column_layout)
+            p = key_weights(scores, shift, score_scale, begin + (turn - 1) * QUERIES, bounds, ends, columns, QUERIES, WINDOW)
             weights = gl.convert_layout(p.to(DTYPE), weight_layout)
             d_p = warpgroup_mma_wait(0, deps=[d_p])
             adding_v = warpgroup_mma(weights, d_outs.index(before), d_value, is_async=True)
             delta = here.slice(64, 64).load(column_layout)
             d_scores = gl.convert_layout((p * (d_p - delta[None, :])).to(DTYPE), weight_layout)
+            # with these sums still on their way the next products would be one too many for the registers
             d_value = warpgroup_mma_wait(0, deps=[adding_v])
-            slot, coming = start_row_scores(key_tile, buffers, rings, turn, begin + turn * QUERIES, num_queries, zeros, WARP_GROUP, GROUP, wide)
+            slot = await_rows(buffers, rings, turn, begin + turn * QUERIES, num_queries, WARP_GROUP, GROUP, wide)
+            coming = warpgroup_mma(key_tile, queries.index(slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
             adding_k = warpgroup_mma(d_scores, queries.index(before), d_key, is_async=True)
             d_p = warpgroup_mma(value_tile, d_outs.index(slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
             scores, d_key = warpgroup_mma_wait(1, deps=[coming, adding_k])
             mbarrier.arrive(empty.index(before), count=1)
+        if WARP_GROUP == 0:
+            fill_tile(descs, buffers, rings, own_last + STAGES - 2, count, packed, group, GROUP)
         async_copy.wait_group(0)
         gl.thread_barrier()
-        slot, here = (count - 1) % STAGES, stats.index(2 * WARP_GROUP + (count - 1) % 2)
-        p = key_weights(scores, here.slice(0, 64).load(column_layout), score_scale, begin + (count - 1) * QUERIES, bounds, ends, columns, QUERIES, WINDOW)
+        slot, here = (own_last - 1) % STAGES, stats.index(2 * WARP_GROUP + (own_last - 1) % 2)
+        shift = here.slice(0, 64).load(column_layout)
+        p = key_weights(scores, shift, score_scale, begin + (own_last - 1) * QUERIES, bounds, ends, columns, QUERIES, WINDOW)
         weights = gl.convert_layout(p.to(DTYPE), weight_layout)
         adding_v = warpgroup_mma(weights, d_outs.index(slot), d_value, is_async=True)
         delta = here.slice(64, 64).load(column_layout)
@@ -179,8 +212,10 @@ def dkdv_keys(
         d_scores = gl.convert_layout((p * (d_p - delta[None, :])).to(DTYPE), weight_layout)
         adding_k = warpgroup_mma(d_scores, queries.index(slot), d_key, is_async=True)
         d_value, d_key = warpgroup_mma_wait(0, deps=[adding_v, adding_k])
+        mbarrier.arrive(empty.index(slot), count=1)
     else:
         async_copy.wait_group(0)
+    pass_tiles(descs, buffers, rings, own_last, count, count, begin, packed, group, num_queries, WARP_GROUP, GROUP, wide)
 
     stored = present
     if SPLIT > 0:
