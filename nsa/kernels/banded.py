@@ -2,10 +2,10 @@
 
 Key i of a band ends at token i·stride + offset of its sequence and is visible from there on, for `window` tokens (0: for
 ever): compressed token i has stride d and offset l − 1, a raw key stride 1, offset 0 and window w. One set of kernels in
-the manner of FlashAttention serves both: for Hopper GPUs in Gluon (banded_hopper.py, banded_hopper_dq.py, banded_hopper_dkdv.py:
-head dims 64 and 128, half precision, and both bands of a tile in one kernel), for everything else in Triton (banded_kernels.py). A tile's rows are queries × the heads of one
-KV head (row r is query r // G, head r % G), so K and V are read once for a whole group; only tiles on the border of the
-range are masked.
+the manner of FlashAttention serves both: for Hopper GPUs in Gluon (banded_hopper.py, banded_hopper_dq.py,
+banded_hopper_dkdv.py: head dims 64 and 128, half precision, and both bands of a tile in one kernel), for everything else in
+Triton (banded_kernels.py). A tile's rows are queries × the heads of one KV head (row r is query r // G, head r % G), so K and V
+are read once for a whole group; only tiles on the border of the range are masked.
 
 Backward: dq by query tiles; dk and dv by key tiles that stay in place while the queries that see them pass by. A long
 sequence's queries are cut into chunks (their number depends on its length alone) whose partial sums are added in order.

@@ -394,8 +394,8 @@ def forward_ring(window: bool) -> tuple[int, int]:
 
 
 def forward(
-    q: torch.Tensor, bands: list[tuple[torch.Tensor, ...]], out: torch.Tensor, tables: tuple[torch.Tensor, ...], geometry: dict[str, int], second: int,
-    *, scale: float, accumulate: bool, keep: bool,
+    q: torch.Tensor, bands: list[tuple[torch.Tensor, ...]], out: torch.Tensor, tables: tuple[torch.Tensor, ...], geometry: dict[str, int],
+    second: int, *, scale: float, accumulate: bool, keep: bool,
 ) -> None:  # fmt: skip
     """`banded.banded_forward` on these kernels, for one band or for two, whose outputs are added up: writes out, branches and lse.
 

@@ -107,7 +107,7 @@ def gather_dq(
     OUTPUT: gl.constexpr, WIDE: gl.constexpr,
 ):  # fmt: skip
     """acc with a band's part of dq added: the last product on its way, the place of its keys, and the new numbers of tiles and clearings."""
-    descs, KeyEnds, tensors, strides = band
+    descs, KeyEnds, _tensors, strides = band
     ready, empty, _cleared = rings
     query_tile, d_out_tile = tiles
     keys, values = buffers

@@ -65,9 +65,7 @@ def attention_forward(
     return run_branches(*tensors, selection, plan, scale, keep, deterministic)
 
 
-def band_tensors(
-    kc: Tensor, vc: Tensor, k_win: Tensor, v_win: Tensor, gate: tuple[Tensor, ...], plan: KernelPlan
-) -> tuple[BandTensors, BandTensors]:
+def band_tensors(kc: Tensor, vc: Tensor, k_win: Tensor, v_win: Tensor, gate: tuple[Tensor, ...], plan: KernelPlan) -> tuple[BandTensors, BandTensors]:
     """The compression band and the window."""
     compression, window = Band("compression", plan, plan.config), Band("window", plan, plan.config)
     return BandTensors(compression, kc, vc, gate[0]), BandTensors(window, k_win, v_win, gate[2])

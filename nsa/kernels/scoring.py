@@ -1,10 +1,10 @@
 """Block scores and the choice of the n best blocks (Eq. 8-12) without a score matrix.
 
-Two kernels per chunk of query tiles. The first (here, or for Hopper GPUs in scoring_hopper.py) computes q·kc again from the compression branch's LSE and writes each
-query's block scores to a scratch of bounded size; the second finds every row's n-th best score and writes the chosen
-blocks in ascending order. Tiles come in the order of what they see, so that a chunk's rows are as wide as its first tile
-needs (a power of two). Both add in one fixed order and use no atomics. Leaves out the compression branch itself
-(banded.py), whose LSE it needs.
+Two kernels per chunk of query tiles. The first (here, or for Hopper GPUs in scoring_hopper.py) computes q·kc again from the
+compression branch's LSE and writes each query's block scores to a scratch of bounded size; the second finds every row's n-th
+best score and writes the chosen blocks in ascending order. Tiles come in the order of what they see, so that a chunk's rows
+are as wide as its first tile needs (a power of two). Both add in one fixed order and use no atomics. Leaves out the
+compression branch itself (banded.py), whose LSE it needs.
 
 A tile's S is [blocks, columns]: row b and residue r stand for compressed token b·(l'/d) + r, columns for (query, head).
 A column's bits are dealt so that all heads of a query lie in one thread's registers of a wgmma accumulator: summing the

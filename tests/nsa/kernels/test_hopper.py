@@ -137,7 +137,8 @@ class Machine:
             program_id=lambda axis: torch.tensor(self.program[axis]), num_programs=lambda axis: self.grid[axis],
             minimum=lambda a, b: torch.minimum(number(a), number(b)), maximum=lambda a, b: torch.maximum(number(a), number(b)),
             where=torch.where, exp2=torch.exp2, log2=torch.log2, zeros_like=torch.zeros_like,
-            gather=lambda x, index, axis: x.gather(axis, index.long()), max=lambda x, axis: x.amax(axis), sum=lambda x, axis: x.sum(axis), convert_layout=lambda x, _: x,
+            max=lambda x, axis: x.amax(axis), gather=lambda x, index, axis: x.gather(axis, index.long()),
+            sum=lambda x, axis: x.sum(axis), convert_layout=lambda x, _: x,
             zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype), arange=lambda a, b, layout: torch.arange(a, b),
             full=lambda shape, value, dtype, layout: torch.full(shape, value, dtype=dtype), thread_barrier=anything,
             load=self.load, store=self.store, allocate_shared_memory=self.allocate, warp_specialize=self.warp_specialize,
@@ -264,7 +265,8 @@ def hopper(monkeypatch):
             pytest.skip("no Hopper GPU with Triton 3.6")
         yield
         return
-    modules = {name: pytest.importorskip(f"nsa.kernels.{name}") for name in ("banded_hopper", "banded_hopper_dq", "banded_hopper_dkdv", "scoring_hopper")}
+    names = ("banded_hopper", "banded_hopper_dq", "banded_hopper_dkdv", "scoring_hopper")
+    modules = {name: pytest.importorskip(f"nsa.kernels.{name}") for name in names}
     kernels = {name: value for module in modules.values() for name, value in vars(module).items() if type(value).__name__ == "GluonJITFunction"}
     sources = {name: kernel.fn for name, kernel in kernels.items()}
     with monkeypatch.context() as patch:

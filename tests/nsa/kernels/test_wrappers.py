@@ -129,7 +129,19 @@ def test_generation_on_the_kernels_is_that_of_the_torch_backend(kv: str, compres
 @pytest.mark.gpu
 def test_other_lengths_compile_nothing_new() -> None:
     """Training packs sequences of other lengths at every step; each kernel that Triton compiled anew for them would cost seconds."""
-    names = ("banded_kernels", "banded_hopper", "banded_hopper_dq", "banded_hopper_dkdv", "scoring_hopper", "compress", "gathered", "gathered_hopper", "gating", "inverse", "scoring")
+    names = (
+        "banded_kernels",
+        "banded_hopper",
+        "banded_hopper_dq",
+        "banded_hopper_dkdv",
+        "scoring_hopper",
+        "compress",
+        "gathered",
+        "gathered_hopper",
+        "gating",
+        "inverse",
+        "scoring",
+    )
     modules = [importlib.import_module(f"nsa.kernels.{name}") for name in (*names, "selected")]
     kernels = [kernel for module in modules for kernel in vars(module).values() if isinstance(kernel, JITFunction)]
     counts = []
