@@ -35,7 +35,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from nsa.attention import nsa_attention, nsa_decode
 from nsa.blocks import num_compressed
-from nsa.kernels.banded import Band, banded_backward, banded_forward
+from nsa.kernels.banded import Band, BandTensors, banded_backward, banded_forward, both_backward, both_forward
 from nsa.kernels.compress import compress
 from nsa.kernels.gating import gate_backward
 from nsa.kernels.inverse import invert_selection
@@ -129,10 +129,14 @@ def branch_rows(problem: Problem, repeats: int) -> Iterator[Row]:
             yield row("compression forward", lambda _: banded_forward(q, kc, vc, compressed, gate=gate[0], **keep), "cmp", 4)
             yield row("score and top-n", lambda _: choose_blocks(q, kc, lse_cmp, plan, CONFIG, scale=scale), "cmp", 2)
             yield row("window forward", lambda _: banded_forward(q, k_win, v_win, window, gate=gate[2], **keep), "win", 4)
+            both = (BandTensors(compressed, kc, vc, gate[0]), BandTensors(window, k_win, v_win, gate[2]))
+            yield row("compression and window forward", lambda _: both_forward(q, *both, scale=scale, out=out, keep=True))
             yield row("gates backward", lambda _: gate_backward(d_out, gates, outs))
             back = {"scale": scale, "dq": dq, "dq_before": dq}
             yield row("compression backward", lambda _: banded_backward(d_out, q, kc, vc, lse_cmp, deltas[0], gate[0], compressed, **back), "cmp", 10)
             yield row("window backward", lambda _: banded_backward(d_out, q, k_win, v_win, lse_win, deltas[2], gate[2], window, **back), "win", 10)
+            lses, both_deltas = (lse_cmp, lse_win), (deltas[0], deltas[2])
+            yield row("compression and window backward", lambda _: both_backward(d_out, q, *both, lses, both_deltas, scale=scale, dq=dq))
         yield row(f"selected forward, {kind}", lambda _: selected_forward(q, k_slc, v_slc, chosen, plan, CONFIG, gate=gate[1], **keep), "slc", 4)
         yield row(f"inverse index, {kind}", lambda _: invert_selection(chosen, plan, CONFIG))
         yield row(
