@@ -170,7 +170,14 @@ def rank(flags, REPEATS: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, 
     else:
         total = tl.sum(counts, axis=2)
         first = tl.cumsum(counts, axis=2) - counts + (tl.cumsum(total, axis=0) - total)[:, :, None]
-    return tl.reshape(first[:, :, :, None] + tl.cumsum(fours, axis=3) - fours, [REPEATS, ROWS, LANES])
+    # Within a thread, step by step: a scan would carry them through shared memory.
+    low, high = tl.split(tl.reshape(fours, [REPEATS, ROWS, LANES // 4, 2, 2]))
+    flag_0, flag_2 = tl.split(low)
+    flag_1, _ = tl.split(high)
+    place_1 = first + flag_0
+    place_2 = place_1 + flag_1
+    places = tl.join(tl.join(first, place_2), tl.join(place_1, place_2 + flag_2))
+    return tl.reshape(places, [REPEATS, ROWS, LANES])
 
 
 @triton.jit
@@ -198,15 +205,17 @@ def choose_kernel(
     back = current[None, :, None] - block
     # Scores are >= 0, so their bits order as they do; the bounds keep whatever else there is below the forced blocks.
     source = scores + ((tile * num_kv_heads + kv_head).to(tl.int64) * QUERIES + inner) * width
-    scored = (back >= 0) & (current >= CHOSEN)[None, :, None]
+    # A row of the scratch has room for every block: without a mask along it four scores come at once.
+    scored = tl.broadcast_to((current >= CHOSEN)[None, :, None], [REPEATS, ROWS, LANES])
     bits = tl.load(source[None, :, None] + block, mask=scored, other=0.0).to(tl.int32, bitcast=True)
     bits = tl.minimum(tl.maximum(bits, 0), FORCED - 1)
-    bits = tl.where((block < NUM_INIT) | (back < NUM_LOCAL), FORCED, bits)
-    bits = tl.where(back >= 0, bits, -1)
+    forced = (block < NUM_INIT) | (back < NUM_LOCAL)
+    free = tl.where((back >= 0) & (forced == 0), bits, -1)
+    bits = tl.where((back >= 0) & forced, FORCED, free)
     # At least CHOSEN blocks have bits >= low, fewer have bits >= high; count: how many have bits >= low.
     low, high, count = tl.zeros([ROWS], tl.int32), tl.full([ROWS], FORCED + 1, tl.int32), current + 1
     if NUM_INIT + NUM_LOCAL < CHOSEN:  # the forced blocks are fewer, and none but they are better than the best score
-        high = tl.max(tl.max(tl.where(bits < FORCED, bits, -1), axis=0), axis=1) + 1
+        high = tl.max(tl.max(free, axis=0), axis=1) + 1
     open_rows = (count > CHOSEN) & (high - low > 1)
     if REPEATS > 1 and LANES >= CHOSEN:
         best = tl.max(bits, axis=0)
