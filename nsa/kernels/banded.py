@@ -21,13 +21,15 @@ import logging
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
+from weakref import WeakKeyDictionary
 
 import torch
 import triton
 
+from nsa.blocks import num_compressed
 from nsa.config import SparsityConfig
 from nsa.kernels.banded_kernels import MAX_CHUNKS, add_chunks_kernel, dkdv_kernel, dq_kernel, forward_kernel
-from nsa.kernels.launch import LOG2_E, dot_precision, launch, padded
+from nsa.kernels.launch import LOG2_E, ceil_div, dot_precision, launch, padded
 from nsa.kernels.tiles import KernelPlan
 
 Kernel = Literal["forward", "dq", "dkdv"]
@@ -37,8 +39,10 @@ log = logging.getLogger(__name__)
 
 ON_HOPPER = frozenset(itertools.product(("forward", "dq", "dkdv"), ("compression", "window")))
 """Kernels and bands for which a Hopper GPU takes its own kernels."""
-MIN_CHUNK = 1024
-"""Queries of a sequence that are never split."""
+MIN_CHUNK = 640
+"""Queries of a sequence that are never split: 8,192 tokens are 13 chunks then, whose programs fill an H100 once and leave few idle."""
+unit_tables: WeakKeyDictionary[KernelPlan, dict[tuple[Kind, int, int], torch.Tensor]] = WeakKeyDictionary()
+"""`key_units` of plans in use: every layer asks for the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,6 +305,37 @@ def key_gradients(
     return d_key, d_value
 
 
+def chunk_size(num_queries: int) -> int:
+    """Queries of a chunk of a sequence (`banded_kernels.chunk_size` says the same)."""
+    size = ceil_div(ceil_div(num_queries, MAX_CHUNKS.value), 64) * 64
+    return max(size + 64 if size % 1024 == 0 and size < 4096 else size, MIN_CHUNK)
+
+
+def key_units(band: Band, size: int, split: int) -> torch.Tensor:
+    """Work on dk and dv: int32 `[units, 3]` of (sequence, first key of a tile of `size`, chunk of its queries), the longest first.
+
+    Where queries are split, only chunks that see the tile; otherwise each tile once, whether any query sees it or not."""
+    tables, key = unit_tables.setdefault(band.plan, {}), (band.kind, size, split)
+    if key not in tables:
+        step, offset, window = band.geometry.values()
+        units = []
+        lengths = zip(band.plan.host_query_ends.diff().tolist(), band.plan.host_key_ends.diff().tolist(), strict=True)
+        for sequence, (num_queries, num_tokens) in enumerate(lengths):
+            num_keys = num_compressed(num_tokens, band.config) if band.kind == "compression" else num_tokens
+            chunk = chunk_size(num_queries) if split else max(num_queries, 1)
+            for number in range(ceil_div(num_queries, chunk) if split else 1):
+                for start in range(0, num_keys, size):
+                    first = max(start * step + offset - (num_tokens - num_queries), number * chunk)
+                    end = min(num_queries, (number + 1) * chunk)
+                    if window:
+                        end = min(end, min(start + size, num_keys) - 1 + window - (num_tokens - num_queries))
+                    if first < end or not split:
+                        units.append((first - end, sequence, start, number))
+        units.sort(key=lambda unit: unit[0])
+        tables[key] = torch.tensor([unit[1:] for unit in units], dtype=torch.int32).view(-1, 3).to(band.plan.device, non_blocking=True)
+    return tables[key]
+
+
 def hopper_dq(
     d_out: torch.Tensor, q: torch.Tensor, rows: list[tuple[BandTensors, torch.Tensor, torch.Tensor, torch.Tensor]],
     *, scale: float, dq: torch.Tensor, before: torch.Tensor | None,
@@ -349,7 +384,7 @@ def write_parts(
 
         if banded_hopper_dkdv.takes_rows(q, d_out, q.shape[1] // num_heads):
             size = banded_hopper_dkdv.KEYS
-            tables = (band.key_tiles(size), *band.ends)
+            tables = (key_units(band, size, split), *band.ends)
             banded_hopper_dkdv.dkdv(d_out, q, k, v, stats, parts, tables, band.geometry, scale=scale, split=split)
             return size
     options, constants = tile_settings("dkdv", q, k, v, band)

@@ -25,7 +25,9 @@ def query_range(first, last, ahead, num_queries, chunk, STRIDE: gl.constexpr, OF
     The chunks are those of `banded_kernels.query_range`."""
     chunk_begin, chunk_end = 0, num_queries
     if SPLIT > 0:
-        size = gl.maximum(gl.cdiv(gl.cdiv(num_queries, MAX_CHUNKS), 64) * 64, SPLIT)
+        size = gl.cdiv(gl.cdiv(num_queries, MAX_CHUNKS), 64) * 64
+        size += ((size % 1024 == 0) & (size < 4096)).to(gl.int32) * 64
+        size = gl.maximum(size, SPLIT)
         chunk_begin, chunk_end = chunk * size, gl.minimum((chunk + 1) * size, num_queries)
     begin = gl.maximum(first * STRIDE + OFFSET - ahead, chunk_begin)
     end, all_end = chunk_end, chunk_end
@@ -114,12 +116,12 @@ def dkdv_keys(
     WARP_GROUP: gl.constexpr, GROUP: gl.constexpr, STRIDE: gl.constexpr, OFFSET: gl.constexpr, WINDOW: gl.constexpr, SPLIT: gl.constexpr,
 ):  # fmt: skip
     """dk and dv of keys 64·WARP_GROUP … of the program's tile."""
-    descs, key_buffers, buffers, stats, rings, tensors, tables, strides, score_scale, scale = common
+    descs, key_buffers, buffers, stats, rings, tensors, tables, strides, score_scale, scale, num_heads = common
     keys, values = key_buffers
     queries, d_outs = buffers
     empty = rings[2]
     K, V, Stats, DKey, DValue = tensors
-    Tiles, QueryEnds, TokenEnds, KeyEnds = tables
+    Units, QueryEnds, TokenEnds, KeyEnds = tables
     (
         stride_k, stride_kh, stride_v, stride_vh, stride_sh, stats_size, stride_dk, stride_dkh, stride_dkc, stride_dv, stride_dvh, stride_dvc,
     ) = strides  # fmt: skip
@@ -133,8 +135,8 @@ def dkdv_keys(
     wide: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [4, 1], [1, 0])
     line: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     column_layout: gl.constexpr = gl.SliceLayout(0, mma_s)
-    sequence, start = gl.load(Tiles + 2 * gl.program_id(0)), gl.load(Tiles + 2 * gl.program_id(0) + 1)
-    head, chunk = gl.program_id(1), gl.program_id(2)
+    unit, head = gl.program_id(0) // num_heads, gl.program_id(0) % num_heads
+    sequence, start, chunk = gl.load(Units + 3 * unit), gl.load(Units + 3 * unit + 1), gl.load(Units + 3 * unit + 2)
     first_query, first_key = gl.load(QueryEnds + sequence), gl.load(KeyEnds + sequence)
     num_queries, num_keys = gl.load(QueryEnds + sequence + 1) - first_query, gl.load(KeyEnds + sequence + 1) - first_key
     ahead = gl.load(TokenEnds + sequence + 1) - gl.load(TokenEnds + sequence) - num_queries
@@ -217,20 +219,17 @@ def dkdv_keys(
         async_copy.wait_group(0)
     pass_tiles(descs, buffers, rings, own_last, count, count, begin, packed, group, num_queries, WARP_GROUP, GROUP, wide)
 
-    stored = present
-    if SPLIT > 0:
-        stored = present & (count > 0)
     result = gl.convert_layout(d_key * scale, wide)
     at = DKey + chunk.to(gl.int64) * stride_dkc + packed_keys * stride_dk + head * stride_dkh + dims
-    gl.store(at, result.to(DKey.dtype.element_ty), mask=stored)
+    gl.store(at, result.to(DKey.dtype.element_ty), mask=present)
     result = gl.convert_layout(d_value, wide)
     at = DValue + chunk.to(gl.int64) * stride_dvc + packed_keys * stride_dv + head * stride_dvh + dims
-    gl.store(at, result.to(DValue.dtype.element_ty), mask=stored)
+    gl.store(at, result.to(DValue.dtype.element_ty), mask=present)
 
 
 @gluon.jit
 def dkdv_kernel(
-    q_desc, do_desc, tensors, tables, strides, score_scale, scale,
+    q_desc, do_desc, tensors, tables, strides, score_scale, scale, num_heads,
     GROUP: gl.constexpr, STRIDE: gl.constexpr, OFFSET: gl.constexpr, WINDOW: gl.constexpr, STAGES: gl.constexpr, SPLIT: gl.constexpr,
 ):  # fmt: skip
     """dk and dv of one tile of 128 keys of one KV head from one chunk of the queries."""
@@ -253,7 +252,7 @@ def dkdv_kernel(
         mbarrier.init(empty.index(i), count=2)
     fence_async_shared()
     rings = (q_ready, do_ready, empty, cleared)
-    common = ((q_desc, do_desc), (keys, values), (queries, d_outs), stats, rings, tensors, tables, strides, score_scale, scale)
+    common = ((q_desc, do_desc), (keys, values), (queries, d_outs), stats, rings, tensors, tables, strides, score_scale, scale, num_heads)
     gl.warp_specialize(
         [
             (dkdv_keys, (common, 0, GROUP, STRIDE, OFFSET, WINDOW, SPLIT)),
@@ -279,7 +278,7 @@ def dkdv(
     d_out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, stats: torch.Tensor, parts: tuple[torch.Tensor, ...],
     tables: tuple[torch.Tensor, ...], geometry: dict[str, int], *, scale: float, split: int,
 ) -> None:  # fmt: skip
-    """The part of `banded.banded_backward` that writes the chunks' sums of dk and dv; tables: key tiles of KEYS keys, then ends as ever."""
+    """The part of `banded.banded_backward` that writes the chunks' sums of dk and dv; tables: units of KEYS keys (`banded.key_units`), then ends as ever."""
     num_heads = k.shape[1]
     group = q.shape[1] // num_heads
     strides = (
@@ -289,7 +288,7 @@ def dkdv(
         *(step for part in parts for step in (part.stride(1), part.stride(2), part.stride(0))),
     )
     launch(
-        dkdv_kernel, (tables[0].shape[0], num_heads, parts[0].shape[0]),
-        row_descriptor(q, group), row_descriptor(d_out, group), (k, v, stats, *parts), tables, strides, scale * LOG2_E, scale,
+        dkdv_kernel, (tables[0].shape[0] * num_heads,),
+        row_descriptor(q, group), row_descriptor(d_out, group), (k, v, stats, *parts), tables, strides, scale * LOG2_E, scale, num_heads,
         GROUP=group, **geometry, STAGES=3, SPLIT=split, num_warps=4,
     )  # fmt: skip

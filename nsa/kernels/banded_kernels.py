@@ -278,6 +278,16 @@ def dq_kernel(
 
 
 @triton.jit
+def chunk_size(num_queries, SPLIT: tl.constexpr):
+    """Queries of a chunk, SPLIT or more (`banded.chunk_size` says the same).
+
+    Tiles of 128 compressed tokens begin 2048 tokens and a few apart: chunks that divide those would end in slivers of tiles."""
+    size = tl.cdiv(tl.cdiv(num_queries, MAX_CHUNKS), 64) * 64
+    size += ((size % 1024 == 0) & (size < 4096)).to(tl.int32) * 64
+    return tl.maximum(size, SPLIT)
+
+
+@triton.jit
 def query_range(
     first,
     last,
@@ -295,7 +305,7 @@ def query_range(
     SPLIT is the fewest queries of a chunk; 0: one chunk holds all."""
     chunk_begin, chunk_end = 0, num_queries
     if SPLIT > 0:
-        size = tl.maximum(tl.cdiv(tl.cdiv(num_queries, MAX_CHUNKS), 64) * 64, SPLIT)
+        size = chunk_size(num_queries, SPLIT)
         chunk_begin, chunk_end = chunk * size, tl.minimum((chunk + 1) * size, num_queries)
     begin = tl.maximum(first * STRIDE + OFFSET - ahead, chunk_begin)
     end, full_stop = chunk_end, chunk_end

@@ -239,3 +239,23 @@ def test_runs_are_bit_equal_on_the_gpu():
             dq = torch.empty(q.shape, device=DEVICE)
             results.append((out, branch, lse, dq, *banded_backward(d_out, q, k, v, lse, lse, gates[..., 0], band, scale=0.1, dq=dq)))
         assert all(itertools.starmap(torch.equal, zip(*results, strict=True)))
+
+
+def test_units_of_key_gradients_are_all_there_once_and_the_longest_first():
+    """A sequence whose sixteenth is 1,024 queries takes chunks of 1,088; short ones one chunk; the window's tiles are whole."""
+    config = SparsityConfig(compressor="mean")
+    query_lengths, key_lengths = [16384, 600, 30], [16384, 1500, 30]
+    plan = make_plan(key_lengths, query_lengths, config)
+    units = banded.key_units(Band("compression", plan, config), 128, banded.MIN_CHUNK).tolist()
+    seen, sizes = set(), []
+    for sequence, start, chunk in units:
+        size = 1088 if sequence == 0 else banded.MIN_CHUNK
+        first = max(start * 16 + 31 - (key_lengths[sequence] - query_lengths[sequence]), chunk * size)
+        sizes.append(min((chunk + 1) * size, query_lengths[sequence]) - first)
+        seen.add((sequence, start, chunk))
+    assert sizes == sorted(sizes, reverse=True) and sizes[-1] > 0 and len(seen) == len(units)
+    total = sum(max(0, length - max(start * 16 + 31 - (keys - length), 0)) for length, keys in zip(query_lengths, key_lengths, strict=True)
+                for start in range(0, (keys - 32) // 16 + 1 if keys >= 32 else 0, 128))  # fmt: skip
+    assert sum(sizes) == total
+    tiles = banded.key_units(Band("window", plan, config), 128, 0).tolist()
+    assert sorted(tiles) == [[sequence, start, 0] for sequence, keys in enumerate(key_lengths) for start in range(0, keys, 128)]
