@@ -278,7 +278,9 @@ def dkdv(
     d_out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, stats: torch.Tensor, parts: tuple[torch.Tensor, ...],
     tables: tuple[torch.Tensor, ...], geometry: dict[str, int], *, scale: float, split: int,
 ) -> None:  # fmt: skip
-    """The part of `banded.banded_backward` that writes the chunks' sums of dk and dv; tables: units of KEYS keys (`banded.key_units`), then ends as ever."""
+    """The part of `banded.banded_backward` that writes the chunks' sums of dk and dv.
+
+    tables: units of KEYS keys (`banded.key_units`), then ends as ever."""
     num_heads = k.shape[1]
     group = q.shape[1] // num_heads
     strides = (
