@@ -68,6 +68,14 @@ def kinds(arguments: tuple[Any, ...]) -> list[Any] | None:
             found.append(value.data_ptr() % 16 == 0)
         elif type(value) is float:
             found.append(float)
+        elif type(value) is tuple:
+            inner = kinds(value)
+            if inner is None:
+                return None
+            found.append(tuple(inner))
+        elif hasattr(value, "block_shape") and hasattr(value, "layout"):  # a view for the copy engine: its sizes and strides are not compiled in
+            layout = value.layout
+            found.append((value.base.dtype, *value.block_shape, layout.swizzle_byte_width, layout.element_bitwidth, layout.transposed))
         else:
             return None
     return found

@@ -1,6 +1,7 @@
 """The cheap launch calls the compiled kernel that Triton itself would have called."""
 
 import itertools
+import types
 
 import pytest
 import torch
@@ -49,6 +50,12 @@ class Compiled:
         return lambda *arguments: self.launches.append((grid, arguments))
 
 
+def view(base, box, swizzle):
+    """As Gluon's view of a tensor for the copy engine."""
+    layout = types.SimpleNamespace(swizzle_byte_width=swizzle, element_bitwidth=16, transposed=False)
+    return types.SimpleNamespace(base=base, shape=list(base.shape), block_shape=box, layout=layout)
+
+
 class Function(JITFunction):
     """A kernel that compiles to `Compiled` and counts how often it was asked to find it."""
 
@@ -89,6 +96,14 @@ def test_what_triton_compiles_apart_is_looked_up_apart(function):
         (x[1:], out, 33, 1.5, 7),
         (x.int(), out, 33, 1.5, 7),
         (x, out, 33, 2, 7),
+        (x, out, 33, 1.5, (7, 8)),
+        (x, out, 33, 1.5, (7, 16)),
+        (x, out, 33, 1.5, (7, (8,))),
+        (x, out, 33, 1.5, (7, x)),
+        (x, out, 33, 1.5, view(x, [64, 128], 128)),
+        (x, out, 33, 1.5, view(x, [64, 64], 128)),
+        (x, out, 33, 1.5, view(x, [64, 64], 64)),
+        (x, out, 33, 1.5, view(x.half(), [64, 64], 64)),
     ]
     for arguments in calls * 2:
         launch(function, (4,), *arguments, OFFSET=3)
@@ -101,7 +116,7 @@ def test_what_triton_compiles_apart_is_looked_up_apart(function):
 def test_other_arguments_and_unknown_versions_are_left_to_triton(function, monkeypatch):
     x, out = torch.zeros(64), torch.zeros(64)
     for _ in range(2):
-        launch(function, (4,), x, out, 33, 1.5, (7, 8), OFFSET=3)
+        launch(function, (4,), x, out, 33, 1.5, (7, [8]), OFFSET=3)
     assert function.searches == 2
     monkeypatch.setattr(module, "REMEMBERS", False)
     for _ in range(2):
