@@ -26,15 +26,27 @@ ROWS = 128
 
 
 @gluon.jit
-def key_range(first, last, num_keys, STRIDE: gl.constexpr, OFFSET: gl.constexpr, WINDOW: gl.constexpr):
+def geometry_of(band, STRIDE: gl.constexpr, OFFSET: gl.constexpr, WINDOW: gl.constexpr, SECOND: gl.constexpr):
+    """Stride, offset and window of the kernel's band `band`: the first as told (WINDOW 0: unlimited), the second SECOND raw keys.
+
+    They are known when compiled where there is one band; two share their code, as twice as much of it does not fit the
+    instruction cache."""
+    far: gl.constexpr = 1 << 30
+    stride, offset, window = STRIDE, OFFSET, WINDOW if WINDOW > 0 else far
+    if SECOND > 0:
+        stride = gl.where(band == 0, STRIDE, 1)
+        offset = gl.where(band == 0, OFFSET, 0)
+        window = gl.where(band == 0, WINDOW if WINDOW > 0 else far, SECOND)
+    return stride, offset, window
+
+
+@gluon.jit
+def key_range(first, last, num_keys, geometry):
     """Keys that queries at positions first … last see: begin, first key and end of those that all of them see, end."""
-    end = gl.minimum(gl.maximum(last - OFFSET + STRIDE, 0) // STRIDE, num_keys)
-    all_end = gl.minimum(gl.maximum(first - OFFSET + STRIDE, 0) // STRIDE, num_keys)
-    begin, all_begin = first * 0, first * 0
-    if WINDOW > 0:
-        begin = gl.maximum(first - WINDOW + 1, 0)
-        all_begin = gl.maximum(last - WINDOW + 1, 0)
-    return begin, all_begin, all_end, end
+    stride, offset, window = geometry
+    end = gl.minimum(gl.maximum(last - offset + stride, 0) // stride, num_keys)
+    all_end = gl.minimum(gl.maximum(first - offset + stride, 0) // stride, num_keys)
+    return gl.maximum(first - window + 1, 0), gl.maximum(last - window + 1, 0), all_end, end
 
 
 @gluon.jit
@@ -58,13 +70,11 @@ def keys_of(KeyEnds, sequence):
 
 
 @gluon.jit
-def visible(keys, positions, STRIDE: gl.constexpr, OFFSET: gl.constexpr, WINDOW: gl.constexpr):
+def visible(keys, positions, geometry):
     """bool `[rows, keys]`: does the query at each position see each key."""
-    ends = keys[None, :] * STRIDE + OFFSET
-    seen = ends <= positions[:, None]
-    if WINDOW > 0:
-        seen = seen & (ends > positions[:, None] - WINDOW)
-    return seen
+    stride, offset, window = geometry
+    ends = keys[None, :] * stride + offset
+    return (ends <= positions[:, None]) & (ends > positions[:, None] - window)
 
 
 @gluon.jit
@@ -110,79 +120,111 @@ def row_pointers(base, row, stride, stride_head, rows, GROUP: gl.constexpr):
 
 
 @gluon.jit
-def softmax_step(scores, row_max, scale, key, bounds, keys, positions, STRIDE: gl.constexpr, OFFSET: gl.constexpr, WINDOW: gl.constexpr):
+def softmax_step(scores, row_max, scale, key, bounds, keys, positions, geometry):
     """Weights of a tile of keys against the new maximum (base 2), that maximum, and the factor on what came before."""
     all_begin, all_end = bounds
     if (key < all_begin) | (key + keys.shape[0] > all_end):
-        scores = gl.where(visible(key + keys, positions, STRIDE, OFFSET, WINDOW), scores, float("-inf"))
+        scores = gl.where(visible(key + keys, positions, geometry), scores, float("-inf"))
     new_max = gl.maximum(row_max, gl.max(scores, 1) * scale)
     shift = gl.where(new_max == float("-inf"), 0.0, new_max)
     return gl.exp2(scores * scale - shift[:, None]), new_max, gl.exp2(row_max - shift)
 
 
 @gluon.jit
-def fill_first(band, buffers, rings, done, place, STRIDE: gl.constexpr, OFFSET: gl.constexpr, WINDOW: gl.constexpr):
-    """Starts the copies of the first tiles of a band's K and V for the queries at a place, after `done` others."""
-    descs, KeyEnds, _tensors, strides = band
-    k_desc, v_desc = descs
+def either(band, first, second):
+    """The first band's or the second one's."""
+    chosen = first
+    if band > 0:
+        chosen = second
+    return chosen
+
+
+@gluon.jit
+def fill_of(descs, buffers, ready, empty, number, row, column, band, SECOND: gl.constexpr):
+    """`fill` from the band's own tensor."""
+    if SECOND > 0:
+        if band == 0:
+            fill(descs[0], buffers, ready, empty, number, row, column)
+        else:
+            fill(descs[1], buffers, ready, empty, number, row, column)
+    else:
+        fill(descs[0], buffers, ready, empty, number, row, column)
+
+
+@gluon.jit
+def fill_first(sources, buffers, rings, done, item, SECOND: gl.constexpr):
+    """Starts the copies of the first tiles of K and V of an item of work, after `done` others."""
+    k_descs, v_descs, _key_ends, _strides = sources
     keys, values = buffers
     k_ready, k_empty, v_ready, v_empty, _cleared = rings
     stages: gl.constexpr = keys.type.shape[0]
     width: gl.constexpr = keys.type.shape[1]
-    head, sequence, _start, _row, _num_queries, first, last = place
-    first_key, num_keys = keys_of(KeyEnds, sequence)
-    begin, _, _, end = key_range(first, last, num_keys, STRIDE, OFFSET, WINDOW)
+    band, place, geometry, first_key, num_keys, k_column, v_column = item
+    _head, _sequence, _start, _row, _num_queries, first, last = place
+    begin, _, _, end = key_range(first, last, num_keys, geometry)
     key_row, count = first_key + begin, gl.maximum(gl.cdiv(end - begin, width), 1)
     for i in gl.static_range(stages):
         if i < count:
-            fill(k_desc, keys, k_ready, k_empty, done + i, key_row + i * width, head * strides[0])
+            fill_of(k_descs, keys, k_ready, k_empty, done + i, key_row + i * width, k_column, band, SECOND)
             if i < stages - 1:
-                fill(v_desc, values, v_ready, v_empty, done + i, key_row + i * width, head * strides[1])
+                fill_of(v_descs, values, v_ready, v_empty, done + i, key_row + i * width, v_column, band, SECOND)
+
+
+@gluon.jit
+def item_of(number, num_heads, tables, sources, last, QUERIES: gl.constexpr, STRIDE: gl.constexpr, OFFSET: gl.constexpr, WINDOW: gl.constexpr,
+            SECOND: gl.constexpr):  # fmt: skip
+    """The program's item of work `number`: band, place, geometry, first key, number of keys, their columns. Bands of a tile follow each other."""
+    _k_descs, _v_descs, key_ends, strides = sources
+    bands: gl.constexpr = 2 if SECOND > 0 else 1
+    band = number % bands
+    place = place_of(gl.minimum(gl.program_id(0) + number // bands * gl.num_programs(0), last), num_heads, tables, QUERIES)
+    first_key, num_keys = keys_of(either(band, key_ends[0], key_ends[1]), place[1])
+    k_column, v_column = place[0] * gl.where(band > 0, strides[2], strides[0]), place[0] * gl.where(band > 0, strides[3], strides[1])
+    return band, place, geometry_of(band, STRIDE, OFFSET, WINDOW, SECOND), first_key, num_keys, k_column, v_column
 
 
 @gluon.jit
 def attend(
-    band, query_tile, buffers, rings, turns, place, rows, columns, zeros, nothing, scale,
-    WARP_GROUP: gl.constexpr, GROUP: gl.constexpr, STRIDE: gl.constexpr, OFFSET: gl.constexpr, WINDOW: gl.constexpr,
-    SCORES: gl.constexpr, OUTPUT: gl.constexpr, WIDE: gl.constexpr,
+    query_rows, sources, buffers, rings, turns, item, rows, columns, zeros, nothing, scale,
+    WARP_GROUP: gl.constexpr, GROUP: gl.constexpr, SECOND: gl.constexpr, SCORES: gl.constexpr, OUTPUT: gl.constexpr, WIDE: gl.constexpr,
 ):  # fmt: skip
     """Online softmax of a tile over a band's keys: the last product on its way (Σ p·v), the place of its values, maxima, sums of p, new turns."""
-    descs, KeyEnds, _tensors, strides = band
-    k_desc, v_desc = descs
+    k_descs, v_descs, _key_ends, _strides = sources
     keys, values = buffers
     k_ready, k_empty, v_ready, v_empty, cleared = rings
     done, clearings = turns
+    band, place, geometry, first_key, num_keys, k_column, v_column = item
     STAGES: gl.constexpr = keys.type.shape[0]
     KEYS: gl.constexpr = keys.type.shape[1]
-    DTYPE: gl.constexpr = k_desc.dtype
+    DTYPE: gl.constexpr = k_descs[0].dtype
     weight_layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=OUTPUT, k_width=2)
-    head, sequence, _start, _row, _num_queries, first, last = place
-    first_key, num_keys = keys_of(KeyEnds, sequence)
-    begin, all_begin, all_end, end = key_range(first, last, num_keys, STRIDE, OFFSET, WINDOW)
+    _head, _sequence, _start, _row, _num_queries, first, last = place
+    begin, all_begin, all_end, end = key_range(first, last, num_keys, geometry)
     count = gl.maximum(gl.cdiv(end - begin, KEYS), 1)
     key_row, positions, bounds = first_key + begin, first + rows // GROUP, (all_begin, all_end)
 
     slot = await_tile(k_ready, done)
-    scores = warpgroup_mma(query_tile, keys.index(slot).permute((1, 0)), zeros, use_acc=False)
+    scores = warpgroup_mma(query_rows, keys.index(slot).permute((1, 0)), zeros, use_acc=False)
     mbarrier.arrive(k_empty.index(slot), count=1)
     row_max = gl.full([64], float("-inf"), gl.float32, layout=gl.SliceLayout(1, SCORES))
-    p, row_max, decay = softmax_step(scores, row_max, scale, begin, bounds, columns, positions, STRIDE, OFFSET, WINDOW)
+    p, row_max, decay = softmax_step(scores, row_max, scale, begin, bounds, columns, positions, geometry)
     row_sum = gl.sum(p, 1)
     weights = gl.convert_layout(p.to(DTYPE), weight_layout)
     acc = nothing
     for i in range(1, count):
         slot = await_tile(k_ready, done + i)
-        coming = warpgroup_mma(query_tile, keys.index(slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
+        coming = warpgroup_mma(query_rows, keys.index(slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
         v_slot = await_tile(v_ready, done + i - 1)
         adding = warpgroup_mma(weights, values.index(v_slot), acc, is_async=True)
         if WARP_GROUP == 0:
-            if i + STAGES - 1 < count:
-                fill(k_desc, keys, k_ready, k_empty, done + i + STAGES - 1, key_row + (i + STAGES - 1) * KEYS, head * strides[0])
-            if i + STAGES - 2 < count:
-                fill(v_desc, values, v_ready, v_empty, done + i + STAGES - 2, key_row + (i + STAGES - 2) * KEYS, head * strides[1])
+            later = i + STAGES - 1
+            if later < count:
+                fill_of(k_descs, keys, k_ready, k_empty, done + later, key_row + later * KEYS, k_column, band, SECOND)
+            if later - 1 < count:
+                fill_of(v_descs, values, v_ready, v_empty, done + later - 1, key_row + (later - 1) * KEYS, v_column, band, SECOND)
         scores = warpgroup_mma_wait(1, deps=[coming])
         mbarrier.arrive(k_empty.index(slot), count=1)
-        p, row_max, decay = softmax_step(scores, row_max, scale, begin + i * KEYS, bounds, columns, positions, STRIDE, OFFSET, WINDOW)
+        p, row_max, decay = softmax_step(scores, row_max, scale, begin + i * KEYS, bounds, columns, positions, geometry)
         row_sum = row_sum * decay + gl.sum(p, 1)
         acc = warpgroup_mma_wait(0, deps=[adding])
         mbarrier.arrive(v_empty.index(v_slot), count=1)
@@ -202,39 +244,17 @@ def attend(
 
 
 @gluon.jit
-def finish(
-    adding, slot, row_max, row_sum, band, tensors, strides, v_empty, place, rows, wide_rows, dims,
-    GROUP: gl.constexpr, ACCUMULATE: gl.constexpr, KEEP: gl.constexpr, OUTPUT: gl.constexpr, WIDE: gl.constexpr,
-):  # fmt: skip
-    """Waits for a band's last product and writes LSE, branch output and Out (+)= gate · o."""
-    _descs, _key_ends, band_tensors, band_strides = band
-    Gate, Branch, Lse = band_tensors
-    _stride_kh, _stride_vh, stride_g, stride_gh, stride_b, stride_bh, stride_l = band_strides
-    _queries, Out = tensors
-    _stride_q, _stride_qh, stride_o, stride_oh = strides
-    head, _sequence, start, row, num_queries, _first, _last = place
-    group = head * GROUP
-    QUERIES: gl.constexpr = 128 // GROUP
-    valid = (start + wide_rows // GROUP < num_queries) & (wide_rows < QUERIES * GROUP)
-    out_at = row_pointers(Out + group * stride_oh, row, stride_o, stride_oh, wide_rows, GROUP)[:, None] + dims
-    if ACCUMULATE:
-        before = gl.load(out_at, mask=valid[:, None], other=0.0)
-    gate = gl.load(row_pointers(Gate + group * stride_gh, row, stride_g, stride_gh, wide_rows, GROUP), mask=valid, other=0.0)
-    acc = warpgroup_mma_wait(0, deps=[adding])
-    mbarrier.arrive(v_empty.index(slot), count=1)
-    some = row_sum > 0
-    total = gl.where(some, row_sum, 1.0)
-    lse = gl.where(some, (row_max + gl.log2(total)) * 0.6931471805599453, float("-inf"))
-    written = (start + rows // GROUP < num_queries) & (rows < QUERIES * GROUP)
-    gl.store(row_pointers(Lse + group, row, stride_l, 1, rows, GROUP), lse, mask=written)
-    result = gl.convert_layout(acc / gl.convert_layout(total, gl.SliceLayout(1, OUTPUT))[:, None], WIDE)
-    if KEEP:
-        at = row_pointers(Branch + group * stride_bh, row, stride_b, stride_bh, wide_rows, GROUP)
-        gl.store(at[:, None] + dims, result.to(Branch.dtype.element_ty), mask=valid[:, None])
-    result = result * gate.to(gl.float32)[:, None]
-    if ACCUMULATE:
-        result += before.to(gl.float32)
-    gl.store(out_at, result.to(Out.dtype.element_ty), mask=valid[:, None])
+def outputs_of(band, results, SECOND: gl.constexpr):
+    """Gate, branch output and LSE of a band, and their strides."""
+    first, second, first_strides, second_strides = results
+    gate, branch, lse = first
+    stride_g, stride_gh, stride_b, stride_bh, stride_l = first_strides
+    if SECOND > 0:
+        gate, branch, lse = either(band, gate, second[0]), either(band, branch, second[1]), either(band, lse, second[2])
+        stride_g, stride_gh = gl.where(band > 0, second_strides[0], stride_g), gl.where(band > 0, second_strides[1], stride_gh)
+        stride_b, stride_bh = gl.where(band > 0, second_strides[2], stride_b), gl.where(band > 0, second_strides[3], stride_bh)
+        stride_l = gl.where(band > 0, second_strides[4], stride_l)
+    return gate, branch, lse, (stride_g, stride_gh, stride_b, stride_bh, stride_l)
 
 
 @gluon.jit
@@ -244,13 +264,14 @@ def forward_rows(
     ACCUMULATE: gl.constexpr, KEEP: gl.constexpr,
 ):  # fmt: skip
     """Rows 64·WARP_GROUP … of each of the program's tiles."""
-    first_band, second_band, queries, buffers, rings, tensors, tables, strides, scale, num_tiles, num_heads = common
+    sources, queries, buffers, rings, tensors, results, tables, strides, scale, num_tiles, num_heads = common
     v_empty = rings[3]
-    Q, _out = tensors
-    stride_q, stride_qh, _stride_o, _stride_oh = strides
+    Q, Out = tensors
+    stride_q, stride_qh, stride_o, stride_oh = strides
     KEYS: gl.constexpr = buffers[0].type.shape[1]
     DIM: gl.constexpr = buffers[0].type.shape[2]
     QUERIES: gl.constexpr = 128 // GROUP
+    BANDS: gl.constexpr = 2 if SECOND > 0 else 1
     mma_s: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, KEYS, 16])
     mma_o: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, DIM, 16])
     wide: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [4, 1], [1, 0])
@@ -260,61 +281,72 @@ def forward_rows(
     columns = gl.arange(0, KEYS, layout=gl.SliceLayout(0, mma_s))
     dims = gl.arange(0, DIM, layout=gl.SliceLayout(0, wide))[None, :]
     zeros = gl.zeros([64, KEYS], gl.float32, layout=mma_s)
-    num_units, step = num_tiles * num_heads, gl.num_programs(0)
-    place = place_of(gl.program_id(0), num_heads, tables, QUERIES)
+    last = num_tiles * num_heads - 1
+    num_items = (last - gl.program_id(0)) // gl.num_programs(0) * BANDS + BANDS
+    item = item_of(0, num_heads, tables, sources, last, QUERIES, STRIDE, OFFSET, WINDOW, SECOND)
+    place = item[1]
     if WARP_GROUP == 0:
-        fill_first(first_band, buffers, rings, 0, place, STRIDE, OFFSET, WINDOW)
+        fill_first(sources, buffers, rings, 0, item, SECOND)
     valid = (place[2] + wide_rows // GROUP < place[4]) & (wide_rows < QUERIES * GROUP)
     first_at = row_pointers(Q + place[0] * GROUP * stride_qh, place[3], stride_q, stride_qh, wide_rows, GROUP)
     query_tile.store(gl.load(first_at[:, None] + dims, mask=valid[:, None], other=0.0))
     fence_async_shared()
     gl.thread_barrier()
     turns = (0, 0)
-    for index in range(gl.program_id(0), num_units, step):
-        next_place = place_of(gl.minimum(index + step, num_units - 1), num_heads, tables, QUERIES)
+    for number in range(num_items):
+        next_item = item_of(number + 1, num_heads, tables, sources, last, QUERIES, STRIDE, OFFSET, WINDOW, SECOND)
+        next_place, more = next_item[1], number + 1 < num_items
         nothing = gl.zeros([64, DIM], gl.float32, layout=mma_o)
         adding, slot, row_max, row_sum, turns = attend(
-            first_band, query_tile, buffers, rings, turns, place, rows, columns, zeros, nothing, scale,
-            WARP_GROUP, GROUP, STRIDE, OFFSET, WINDOW, mma_s, mma_o, wide,
+            query_tile, sources, buffers, rings, turns, item, rows, columns, zeros, nothing, scale,
+            WARP_GROUP, GROUP, SECOND, mma_s, mma_o, wide,
         )  # fmt: skip
-        if SECOND > 0:
-            if WARP_GROUP == 0:
-                fill_first(second_band, buffers, rings, turns[0], place, 1, 0, SECOND)
-            finish(
-                adding, slot, row_max, row_sum, first_band, tensors, strides, v_empty, place, rows, wide_rows, dims,
-                GROUP, ACCUMULATE, KEEP, mma_o, wide,
-            )  # fmt: skip
-            adding, slot, row_max, row_sum, turns = attend(
-                second_band, query_tile, buffers, rings, turns, place, rows, columns, zeros, nothing, scale,
-                WARP_GROUP, GROUP, 1, 0, SECOND, mma_s, mma_o, wide,
-            )  # fmt: skip
-        more = index + step < num_units
-        next_valid = (next_place[2] + wide_rows // GROUP < next_place[4]) & (wide_rows < QUERIES * GROUP) & more
+        moves_on = more & (next_item[0] == 0)  # to other queries
+        next_valid = (next_place[2] + wide_rows // GROUP < next_place[4]) & (wide_rows < QUERIES * GROUP) & moves_on
         at = row_pointers(Q + next_place[0] * GROUP * stride_qh, next_place[3], stride_q, stride_qh, wide_rows, GROUP)
         next_q = gl.load(at[:, None] + dims, mask=next_valid[:, None], other=0.0)
         if WARP_GROUP == 0:  # noqa: SIM102 (one is known when compiled, the other is not)
             if more:
-                fill_first(first_band, buffers, rings, turns[0], next_place, STRIDE, OFFSET, WINDOW)
-        if SECOND > 0:
-            finish(
-                adding, slot, row_max, row_sum, second_band, tensors, strides, v_empty, place, rows, wide_rows, dims,
-                GROUP, True, KEEP, mma_o, wide,
-            )  # fmt: skip
-        else:
-            finish(
-                adding, slot, row_max, row_sum, first_band, tensors, strides, v_empty, place, rows, wide_rows, dims,
-                GROUP, ACCUMULATE, KEEP, mma_o, wide,
-            )  # fmt: skip
-        gl.thread_barrier()
-        query_tile.store(next_q)
-        fence_async_shared()
-        gl.thread_barrier()
-        place = next_place
+                fill_first(sources, buffers, rings, turns[0], next_item, SECOND)
+        band, place, _geometry, _first_key, _num_keys, _k_column, _v_column = item
+        head, _sequence, start, row, num_queries, _first, _last = place
+        group = head * GROUP
+        Gate, Branch, Lse, result_strides = outputs_of(band, results, SECOND)
+        stride_g, stride_gh, stride_b, stride_bh, stride_l = result_strides
+        valid = (start + wide_rows // GROUP < num_queries) & (wide_rows < QUERIES * GROUP)
+        out_at = row_pointers(Out + group * stride_oh, row, stride_o, stride_oh, wide_rows, GROUP)[:, None] + dims
+        if ACCUMULATE:
+            before = gl.load(out_at, mask=valid[:, None], other=0.0)
+        elif SECOND > 0:
+            before = gl.load(out_at, mask=valid[:, None] & (band > 0), other=0.0)
+        gate = gl.load(row_pointers(Gate + group * stride_gh, row, stride_g, stride_gh, wide_rows, GROUP), mask=valid, other=0.0)
+        acc = warpgroup_mma_wait(0, deps=[adding])
+        mbarrier.arrive(v_empty.index(slot), count=1)
+
+        some = row_sum > 0
+        total = gl.where(some, row_sum, 1.0)
+        lse = gl.where(some, (row_max + gl.log2(total)) * 0.6931471805599453, float("-inf"))
+        written = (start + rows // GROUP < num_queries) & (rows < QUERIES * GROUP)
+        gl.store(row_pointers(Lse + group, row, stride_l, 1, rows, GROUP), lse, mask=written)
+        result = gl.convert_layout(acc / gl.convert_layout(total, gl.SliceLayout(1, mma_o))[:, None], wide)
+        if KEEP:
+            at = row_pointers(Branch + group * stride_bh, row, stride_b, stride_bh, wide_rows, GROUP)
+            gl.store(at[:, None] + dims, result.to(Branch.dtype.element_ty), mask=valid[:, None])
+        result = result * gate.to(gl.float32)[:, None]
+        if ACCUMULATE or SECOND > 0:
+            result += before.to(gl.float32)
+        gl.store(out_at, result.to(Out.dtype.element_ty), mask=valid[:, None])
+        if moves_on:
+            gl.thread_barrier()
+            query_tile.store(next_q)
+            fence_async_shared()
+            gl.thread_barrier()
+        item = next_item
 
 
 @gluon.jit(do_not_specialize=["num_tiles"])
 def forward_kernel(
-    k_desc, v_desc, k_desc_2, v_desc_2, tensors, tables, key_ends, first_tensors, second_tensors, strides, first_strides, second_strides,
+    k_desc, v_desc, k_desc_2, v_desc_2, tensors, tables, key_ends, key_strides, first_tensors, second_tensors, strides, first_strides, second_strides,
     scale, num_tiles, num_heads,
     GROUP: gl.constexpr, STRIDE: gl.constexpr, OFFSET: gl.constexpr, WINDOW: gl.constexpr, SECOND: gl.constexpr, STAGES: gl.constexpr,
     ACCUMULATE: gl.constexpr, KEEP: gl.constexpr,
@@ -340,9 +372,9 @@ def forward_kernel(
         mbarrier.init(v_empty.index(i), count=2)
     fence_async_shared()
     rings = (k_ready, k_empty, v_ready, v_empty, cleared)
-    first_band = ((k_desc, v_desc), key_ends[0], first_tensors, first_strides)
-    second_band = ((k_desc_2, v_desc_2), key_ends[1], second_tensors, second_strides)
-    common = (first_band, second_band, queries, (keys, values), rings, tensors, tables, strides, scale, num_tiles, num_heads)
+    sources = ((k_desc, k_desc_2), (v_desc, v_desc_2), key_ends, key_strides)
+    results = (first_tensors, second_tensors, first_strides, second_strides)
+    common = (sources, queries, (keys, values), rings, tensors, results, tables, strides, scale, num_tiles, num_heads)
     gl.warp_specialize(
         [
             (forward_rows, (common, 0, GROUP, STRIDE, OFFSET, WINDOW, SECOND, ACCUMULATE, KEEP)),
@@ -407,14 +439,16 @@ def forward(
     """
     num_heads, num_tiles = bands[0][0].shape[1], tables[0].shape[0]
     keys, stages = forward_ring(geometry["WINDOW"] > 0)
-    descriptors, key_ends, tensors, strides = [], [], [], []
+    descriptors, key_ends, key_strides, tensors, strides = [], [], [], [], []
     for k, v, ends, gate, branch, lse in (bands[0], bands[-1]):
         descriptors += [key_descriptor(k, keys), key_descriptor(v, keys)]
         key_ends.append(ends)
+        key_strides += [k.stride(1), v.stride(1)]
         tensors.append((gate, branch, lse))
-        strides.append((k.stride(1), v.stride(1), *gate.stride(), *branch.stride()[:2], lse.stride(0)))
+        strides.append((*gate.stride(), *branch.stride()[:2], lse.stride(0)))
     launch(
         forward_kernel, (min(num_tiles * num_heads, num_processors(q.device)),),
-        *descriptors, (q, out), tables, tuple(key_ends), *tensors, (*q.stride()[:2], *out.stride()[:2]), *strides, scale, num_tiles, num_heads,
+        *descriptors, (q, out), tables, tuple(key_ends), tuple(key_strides), *tensors, (*q.stride()[:2], *out.stride()[:2]), *strides,
+        scale, num_tiles, num_heads,
         GROUP=q.shape[1] // num_heads, **geometry, SECOND=second, STAGES=stages, ACCUMULATE=accumulate, KEEP=keep, num_warps=4,
     )  # fmt: skip

@@ -13,6 +13,7 @@ from nsa.kernels.banded_hopper import (
     await_clearing,
     await_tile,
     clear_rows,
+    geometry_of,
     key_descriptor,
     key_range,
     keys_of,
@@ -52,12 +53,12 @@ def start_scores(query_tile, buffers, rings, number, key, num_keys, turn, zeros,
 
 
 @gluon.jit
-def row_weights(scores, shift, scale, key, bounds, keys, positions, STRIDE: gl.constexpr, OFFSET: gl.constexpr, WINDOW: gl.constexpr):
+def row_weights(scores, shift, scale, key, bounds, keys, positions, geometry):
     """gate · softmax weights `[rows, keys]` of a tile of keys."""
     scores = scores * scale - shift[:, None]
     all_begin, all_end = bounds
     if (key < all_begin) | (key + keys.shape[0] > all_end):
-        scores = gl.where(visible(key + keys, positions, STRIDE, OFFSET, WINDOW), scores, float("-inf"))
+        scores = gl.where(visible(key + keys, positions, geometry), scores, float("-inf"))
     return gl.exp2(scores)
 
 
@@ -71,7 +72,7 @@ def fill_first_pairs(band, buffers, rings, done, place, STRIDE: gl.constexpr, OF
     width: gl.constexpr = keys.type.shape[1]
     head, sequence, _start, _row, _num_queries, first, last = place
     first_key, num_keys = keys_of(KeyEnds, sequence)
-    begin, _, _, end = key_range(first, last, num_keys, STRIDE, OFFSET, WINDOW)
+    begin, _, _, end = key_range(first, last, num_keys, geometry_of(0, STRIDE, OFFSET, WINDOW, 0))
     key_row, count = first_key + begin, gl.maximum(gl.cdiv(end - begin, width), 1)
     for i in gl.static_range(stages - 1):
         if i < count:
@@ -118,11 +119,11 @@ def gather_dq(
     weight_layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=OUTPUT, k_width=2)
     head, sequence, _start, _row, _num_queries, first, last = place
     first_key, num_keys = keys_of(KeyEnds, sequence)
-    begin, all_begin, all_end, end = key_range(first, last, num_keys, STRIDE, OFFSET, WINDOW)
+    begin, all_begin, all_end, end = key_range(first, last, num_keys, geometry_of(0, STRIDE, OFFSET, WINDOW, 0))
     count = gl.maximum(gl.cdiv(end - begin, KEYS), 1)
     key_row, places = first_key + begin, (head * strides[0], head * strides[1])
     shift, delta = statistics(band, place, rows, GROUP, 128 // GROUP)
-    positions, bounds = first + rows // GROUP, (all_begin, all_end)
+    positions, bounds, geometry = first + rows // GROUP, (all_begin, all_end), geometry_of(0, STRIDE, OFFSET, WINDOW, 0)
 
     slot, scores = start_scores(query_tile, buffers, rings, done, begin, num_keys, clearings, zeros, WARP_GROUP, WIDE)
     d_p = warpgroup_mma(d_out_tile, values.index(slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
@@ -131,7 +132,7 @@ def gather_dq(
         if WARP_GROUP == 0:  # noqa: SIM102 (one is known when compiled, the other is not)
             if i + STAGES - 2 < count:
                 fill_pair(descs, buffers, ready, empty, done + i + STAGES - 2, key_row + (i + STAGES - 2) * KEYS, places)
-        p = row_weights(scores, shift, score_scale, begin + (i - 1) * KEYS, bounds, columns, positions, STRIDE, OFFSET, WINDOW)
+        p = row_weights(scores, shift, score_scale, begin + (i - 1) * KEYS, bounds, columns, positions, geometry)
         d_p = warpgroup_mma_wait(0, deps=[d_p])
         slot, coming = start_scores(query_tile, buffers, rings, done + i, begin + i * KEYS, num_keys, clearings, zeros, WARP_GROUP, WIDE)
         d_scores = gl.convert_layout((p * (d_p - delta[:, None])).to(DTYPE), weight_layout)
@@ -140,7 +141,7 @@ def gather_dq(
         d_p = warpgroup_mma(d_out_tile, values.index(slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
         scores, acc = warpgroup_mma_wait(1, deps=[coming, adding])
         mbarrier.arrive(empty.index(before), count=1)
-    p = row_weights(scores, shift, score_scale, begin + (count - 1) * KEYS, bounds, columns, positions, STRIDE, OFFSET, WINDOW)
+    p = row_weights(scores, shift, score_scale, begin + (count - 1) * KEYS, bounds, columns, positions, geometry)
     d_p = warpgroup_mma_wait(0, deps=[d_p])
     d_scores = gl.convert_layout((p * (d_p - delta[:, None])).to(DTYPE), weight_layout)
     slot = (done + count - 1) % STAGES

@@ -136,7 +136,7 @@ class Machine:
             float32=torch.float32, int32=torch.int32, int64=torch.int64, static_range=range, cdiv=lambda a, b: (a + b - 1) // b,
             program_id=lambda axis: torch.tensor(self.program[axis]), num_programs=lambda axis: self.grid[axis],
             minimum=lambda a, b: torch.minimum(number(a), number(b)), maximum=lambda a, b: torch.maximum(number(a), number(b)),
-            where=torch.where, exp2=torch.exp2, log2=torch.log2, zeros_like=torch.zeros_like,
+            where=lambda condition, a, b: torch.where(number(condition), a, b), exp2=torch.exp2, log2=torch.log2, zeros_like=torch.zeros_like,
             max=lambda x, axis: x.amax(axis), gather=lambda x, index, axis: x.gather(axis, index.long()),
             sum=lambda x, axis: x.sum(axis), convert_layout=lambda x, _: x,
             zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype), arange=lambda a, b, layout: torch.arange(a, b),
