@@ -28,8 +28,8 @@ STAGES = 3
 """Leaves of compressed tokens in shared memory at a time."""
 MAX_SHARE = 4
 """Neighbouring sequences that a program serves at most."""
-MIN_SHARED = 128
-"""From this many sequences × KV heads on programs serve several sequences; in smaller batches there would be too few of them."""
+MIN_SHARED = 2
+"""Sequences of a batch in which programs serve several."""
 SHARED_MEMORY = 227 << 10
 """Bytes of shared memory that the programs of an SM have between them."""
 NOTHING = gl.constexpr(-1.0e6)
@@ -221,7 +221,7 @@ def hopper_compression_kernel(
     """Writes what `decode_kernels.compression_kernel` writes.
 
     `splits` programs serve SHARE neighbouring sequences. Each takes a share of the leaves that are the same pages for all of them, for all
-    of their rows, and then a share of the other leaves of each of them. LONE (SHARE 1): a program for each LEAVES leaves."""
+    of their rows, and then a share of the other leaves of one of them. LONE (SHARE 1): a program for each LEAVES leaves."""
     DTYPE: gl.constexpr = q.dtype.element_ty
     WARPS: gl.constexpr = gl.num_warps()
     GROUPS: gl.constexpr = LEAF // PER_BLOCK
@@ -265,8 +265,10 @@ def hopper_compression_kernel(
         common = shared_leaves(block_table, seq_lens, table_batch, first, batches, LEAF, PER_PAGE, STRIDE, SHARE) // LEAVES * LEAVES
     async_copy.async_copy_global_to_shared(queries, q_rows[:, None] + dk[None, :], mask=there[:, None])
     async_copy.commit_group()
-    # A share of the common leaves (-1), then one of those of each sequence.
-    for only in range(-1 if SHARE > 1 else 0, SHARE):
+    # A share of the common leaves, then one of those of a single sequence.
+    for turn in range(0 if SHARE > 1 else 1, 2):
+        only = turn * (split % SHARE + 1) - 1  # -1: all
+        number, shares = split // (1 + turn * (SHARE - 1)), splits // (1 + turn * (SHARE - 1))
         member = gl.minimum(first + gl.maximum(only, 0), batches - 1)
         table = block_table + member.to(gl.int64) * table_batch
         num_slots = gl.load(seq_lens + member).to(gl.int32) // STRIDE
@@ -276,12 +278,10 @@ def hopper_compression_kernel(
             end = gl.minimum(begin + LEAVES, filled_leaves)
             pages = lone_pages
         else:
-            start = 0
-            if SHARE > 1:
-                start = gl.where(only < 0, 0, common)
-                filled_leaves = gl.where(only < 0, common, filled_leaves)
-            share = gl.cdiv(gl.cdiv(filled_leaves - start, LEAVES), splits) * LEAVES
-            begin = start + split * share
+            start = common * turn
+            filled_leaves = gl.where(only < 0, common, filled_leaves)
+            share = gl.cdiv(gl.cdiv(filled_leaves - start, LEAVES), shares) * LEAVES
+            begin = start + number * share
             end = gl.minimum(begin + share, filled_leaves)
             pages = pages_of(table, begin, num_slots, LEAF, PER_PAGE, page_layout)
         if (begin < end) & (first + only < batches):
@@ -559,14 +559,14 @@ def compression(arguments: tuple[Any, ...], q: torch.Tensor, heads: int, num_par
     own = num_new * num_heads // heads
     rows, processors, ring = max(16, next_power_of_two(own)), num_processors(q.device), STAGES
     lone = constants["LEAVES"] == 1 and batch * heads * num_parts <= 2 * processors
-    share = min(MAX_SHARE, rows // own) if batch * heads >= MIN_SHARED and not lone else 1
+    share = 1 if lone or batch < MIN_SHARED else min(MAX_SHARE, rows // own)
     if lone:
         splits, ring = num_parts, 1
     else:
         while ring > 1 and smem_bytes(ring, constants["LEAF"], rows, key_dim, constants["DV"]) > SHARED_MEMORY:
             ring -= 1
         room = SHARED_MEMORY // smem_bytes(ring, constants["LEAF"], rows, key_dim, constants["DV"])
-        splits = splits_of(ceil_div(batch, share) * heads, num_parts, processors * max(1, min(2, room)))
+        splits = share * splits_of(ceil_div(batch, share) * heads * share, num_parts, processors * max(1, min(2, room)))
     launch(
         hopper_compression_kernel, (heads * splits, ceil_div(batch, share)), *arguments, splits, batch, num_new,
         **constants, ROWS=rows, STAGES=ring, SHARE=share, LONE=lone, num_warps=4, enable_fp_fusion=False,

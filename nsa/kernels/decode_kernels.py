@@ -243,52 +243,38 @@ def store_statistics(leaf_top, leaf_sum, row_stats, rows, real, num_leaves, fill
 
 
 @triton.jit
-def load_shares(leaf_top, leaf_edge, scores, row_stats, row, leaf, group, real, num_leaves, filled_leaves, FIRST: tl.constexpr, GROUPS: tl.constexpr):
-    """What one head's part of the scores is made of; `add_shares` adds it."""
-    place = row * num_leaves + leaf
-    inside, follows = real & (leaf < filled_leaves), real & (leaf + 1 < filled_leaves)
-    share = tl.load(scores + place * GROUPS + group, mask=inside & (group >= 0), other=0.0)
-    share_top = tl.load(leaf_top + place, mask=inside, other=NOTHING)
-    edge, edge_top = share_top, share_top
-    if FIRST > 0:
-        edge = tl.load(leaf_edge + place + 1, mask=follows, other=0.0)
-        edge_top = tl.load(leaf_top + place + 1, mask=follows, other=NOTHING)
-    return (
-        share,
-        share_top,
-        edge,
-        edge_top,
-        tl.load(row_stats + 2 * row, mask=real, other=0.0),
-        tl.load(row_stats + 2 * row + 1, mask=real, other=0.0),
-    )
-
-
-@triton.jit
-def add_shares(score, share, share_top, edge, edge_top, top, inverse, group, FIRST: tl.constexpr, GROUPS: tl.constexpr):
-    share *= power_of_two(share_top - top)
-    if FIRST > 0:
-        share += tl.where(group == GROUPS - 1, edge * power_of_two(edge_top - top), 0.0)
-    return score + share * inverse
-
-
-@triton.jit
-def leaf_scores(
-    leaf_top, leaf_edge, scores, row_stats, first_row, first_leaf, num_leaves, filled_leaves, GROUP: tl.constexpr, FIRST: tl.constexpr,
+def load_shares(
+    leaf_top, leaf_edge, scores, first_row, first_leaf, num_leaves, filled_leaves, GROUP: tl.constexpr, FIRST: tl.constexpr,
     GROUPS: tl.constexpr, LEAVES: tl.constexpr,
 ):  # fmt: skip
-    """Scores `[LEAVES, GROUPS]` of the blocks of some leaves: the heads' shares, added in their order, read four heads at a time."""
+    """What the heads' parts of some leaves' scores are made of, all on its way at once: `add_shares` makes scores of it."""
     leaf, group = first_leaf + tl.arange(0, LEAVES)[:, None], tl.arange(0, GROUPS)[None, :]
+    inside, follows = leaf < filled_leaves, leaf + 1 < filled_leaves
+    shares = ()
+    for member in tl.static_range(GROUP):
+        place = (first_row + member) * num_leaves + leaf
+        share = tl.load(scores + place * GROUPS + group, mask=inside & (group >= 0), other=0.0)
+        share_top = tl.load(leaf_top + place, mask=inside, other=NOTHING)
+        edge, edge_top = share_top, share_top
+        if FIRST > 0:
+            edge = tl.load(leaf_edge + place + 1, mask=follows, other=0.0)
+            edge_top = tl.load(leaf_top + place + 1, mask=follows, other=NOTHING)
+        shares = shares + ((share, share_top, edge, edge_top),)  # noqa: RUF005 (Triton adds tuples, and unpacks none)
+    return shares
+
+
+@triton.jit
+def add_shares(shares, row_stats, first_row, GROUP: tl.constexpr, FIRST: tl.constexpr, GROUPS: tl.constexpr, LEAVES: tl.constexpr):
+    """Scores `[LEAVES, GROUPS]`: the heads' parts, added in their order."""
+    group = tl.arange(0, GROUPS)[None, :]
     score = tl.zeros([LEAVES, GROUPS], tl.float32)
-    for member in range(0, GROUP, 4):
-        row = first_row + member
-        a = load_shares(leaf_top, leaf_edge, scores, row_stats, row, leaf, group, True, num_leaves, filled_leaves, FIRST, GROUPS)
-        b = load_shares(leaf_top, leaf_edge, scores, row_stats, row + 1, leaf, group, member + 1 < GROUP, num_leaves, filled_leaves, FIRST, GROUPS)
-        c = load_shares(leaf_top, leaf_edge, scores, row_stats, row + 2, leaf, group, member + 2 < GROUP, num_leaves, filled_leaves, FIRST, GROUPS)
-        d = load_shares(leaf_top, leaf_edge, scores, row_stats, row + 3, leaf, group, member + 3 < GROUP, num_leaves, filled_leaves, FIRST, GROUPS)
-        score = add_shares(score, *a, group, FIRST, GROUPS)
-        score = add_shares(score, *b, group, FIRST, GROUPS)
-        score = add_shares(score, *c, group, FIRST, GROUPS)
-        score = add_shares(score, *d, group, FIRST, GROUPS)
+    for member in tl.static_range(GROUP):
+        share, share_top, edge, edge_top = shares[member]
+        top, inverse = tl.load(row_stats + 2 * (first_row + member)), tl.load(row_stats + 2 * (first_row + member) + 1)
+        share *= power_of_two(share_top - top)
+        if FIRST > 0:
+            share += tl.where(group == GROUPS - 1, edge * power_of_two(edge_top - top), 0.0)
+        score += share * inverse
     return score
 
 
@@ -328,10 +314,8 @@ def score_kernel(
     LEAVES: tl.constexpr = (CHUNK + GROUPS - 1) // GROUPS
     for chunk in range(first_chunk, current // CHUNK + 1, programs):
         blocks = chunk * CHUNK + column
-        score = leaf_scores(
-            leaf_top, leaf_edge, scores, row_stats, first_row, chunk * LEAVES, num_leaves, filled_leaves, GROUP, FIRST, GROUPS, LEAVES
-        )
-        score = tl.reshape(score, (CHUNK,))
+        shares = load_shares(leaf_top, leaf_edge, scores, first_row, chunk * LEAVES, num_leaves, filled_leaves, GROUP, FIRST, GROUPS, LEAVES)
+        score = tl.reshape(add_shares(shares, row_stats, first_row, GROUP, FIRST, GROUPS, LEAVES), (CHUNK,))
 
         forced = (blocks < NUM_INIT) | (blocks > current - NUM_LOCAL)
         bits = tl.where(forced, 0x7F800000, score.to(tl.int32, bitcast=True)).to(tl.int64)
@@ -403,8 +387,8 @@ def choose_kernel(
 ):  # fmt: skip
     """`score_kernel` and `pick_kernel` in one, for batches that fill the GPU with a program for each query and KV head: the selection.
 
-    The scores of all blocks lie in registers; the NUM-th best is found two bits at a time, and of blocks that equal it the first ones
-    are taken."""
+    The scores of all blocks lie in registers; the NUM-th best is found bit by bit, and of blocks that equal it the first ones are
+    taken."""
     if PDL:
         gdc_launch_dependents()
     head, query, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -429,27 +413,27 @@ def choose_kernel(
     filled_leaves = tl.cdiv(length // STRIDE, GROUPS * PER_BLOCK)
     first_row = ((batch * HEADS + head) * num_new + query) * GROUP
     member = tl.arange(0, GROUP2)
+    shares = load_shares(leaf_top, leaf_edge, scores, first_row, 0, num_leaves, filled_leaves, GROUP, FIRST, GROUPS, LEAVES)
     store_statistics(leaf_top, leaf_sum, row_stats, first_row + member, member < GROUP, num_leaves, filled_leaves)
     tl.debug_barrier()
-    score = leaf_scores(leaf_top, leaf_edge, scores, row_stats, first_row, 0, num_leaves, filled_leaves, GROUP, FIRST, GROUPS, LEAVES)
+    score = add_shares(shares, row_stats, first_row, GROUP, FIRST, GROUPS, LEAVES)
     block = tl.arange(0, LEAVES * GROUPS)
     bits = tl.reshape(score, (LEAVES * GROUPS,)).to(tl.int32, bitcast=True)
     bits = tl.where((block < NUM_INIT) | (block > current - NUM_LOCAL), 0x7F800000, bits)
     bits = tl.where(block <= current, bits, -1)
-    least = 0  # the greatest number that NUM blocks reach
-    for step in range(16):
-        unit = 1 << (30 - 2 * step)
-        reach = (bits >= least + unit).to(tl.int64)
-        if step > 0:
-            reach += ((bits >= least + 2 * unit).to(tl.int64) << 20) + ((bits >= least + 3 * unit).to(tl.int64) << 40)
-        counts = tl.sum(reach, 0)
-        least += unit * (
-            ((counts & 0xFFFFF) >= NUM).to(tl.int32) + ((counts >> 20 & 0xFFFFF) >= NUM).to(tl.int32) + ((counts >> 40) >= NUM).to(tl.int32)
-        )
-    above = bits > least
-    equal = bits == least
-    left = NUM - tl.sum(above.to(tl.int32), 0)
-    taken = above | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= left))
+    # The greatest number that NUM blocks reach, bit by bit, or any that just NUM reach.
+    least, found, bit = 0, 0, 1 << 30
+    while (found != NUM) & (bit > 0):
+        count = tl.sum((bits >= least + bit).to(tl.int32), 0)
+        if count >= NUM:
+            least += bit
+            found = count
+        bit = bit >> 1
+    taken = bits >= least
+    if found != NUM:
+        equal = bits == least
+        left = NUM - tl.sum((bits > least).to(tl.int32), 0)
+        taken = (bits > least) | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= left))
     place = tl.cumsum(taken.to(tl.int32), 0) - 1
     tl.store(target + place, block.to(selection.dtype.element_ty), mask=taken)
 
