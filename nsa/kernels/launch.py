@@ -97,7 +97,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **settings: Any)
         settings: its constants and Triton's options (num_warps, num_stages, maxnreg). Products and sums are fused unless
             `enable_fp_fusion` says otherwise, whatever a version of Triton does by itself (3.10 does not fuse).
     """
-    settings.setdefault("enable_fp_fusion", True)
+    if isinstance(kernel, JITFunction):
+        settings.setdefault("enable_fp_fusion", True)
     asked = rehearsal.get()
     if asked is not None:
         asked.append(kernel.warmup(*arguments, grid=grid, **settings))
