@@ -8,7 +8,8 @@
 4. `combine_kernel`: partial results of the three branches, times the gates.
 
 On Hopper and later each of 2 to 4 starts while its predecessor ends. Grids depend on shapes alone; programs past a sequence's end
-leave at once. On Hopper 1 and 3 are kernels in Gluon for half precision (decode_hopper.py, which says what they do otherwise).
+leave at once. On Hopper 1 and 3 are kernels in Gluon for half precision (decode_hopper.py,
+which says what they do otherwise, and decode_blocks_hopper.py).
 
 Every partial sum is kept relative to a whole power of two, so rescaling is exact, and outputs are summed over a fixed binary tree
 of leaves (`tree_sum`). Other sums have tiles of one shape or an order of their own, and no layout depends on the capacity
@@ -217,7 +218,7 @@ def paged_decode(
         block_table.stride(0), num_leaves, num_parts, count,
     )  # fmt: skip
     if hopper:
-        from nsa.kernels import decode_hopper
+        from nsa.kernels import decode_blocks_hopper, decode_hopper
 
         decode_hopper.compression(first_arguments, q, heads, num_parts, {**common, **compressed})
     else:
@@ -254,7 +255,7 @@ def paged_decode(
         *strides(q), *strides(cache.raw), block_table.stride(0), *given.stride(), num_chunks, count, batch,
     )  # fmt: skip
     if hopper:
-        decode_hopper.blocks(block_arguments, q, heads, {**common, **dims, **after, **ranking, **of_blocks})
+        decode_blocks_hopper.blocks(block_arguments, q, heads, {**common, **dims, **after, **ranking, **of_blocks})
     else:
         launch(
             blocks_kernel, (heads * raw_parts * num_new * batch,), *block_arguments, num_new,

@@ -54,7 +54,7 @@ def compression_program(
     STRIDE: tl.constexpr, FIRST: tl.constexpr, PER_BLOCK: tl.constexpr, PER_BLOCK2: tl.constexpr, PER_PAGE: tl.constexpr,
     LEAF: tl.constexpr, ROWS: tl.constexpr, LEAVES: tl.constexpr, SCORES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Rows of one KV head over LEAVES leaves of compressed tokens; `first_kernel` says what it writes."""
+    """Rows of one KV head over LEAVES leaves of compressed tokens; `compression_kernel` says what it writes."""
     GROUPS: tl.constexpr = LEAF // PER_BLOCK2
     column = tl.arange(0, LEAF)
     offset = column % PER_BLOCK2

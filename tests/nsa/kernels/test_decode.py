@@ -384,9 +384,9 @@ def argument(x):
 
 
 def stand_in(kernel, early):
-    """A Gluon kernel of decode_hopper.py, run by a `Machine`."""
-    module = importlib.import_module("nsa.kernels.decode_hopper")
-    sources = {name: value.fn for name, value in vars(module).items() if type(value).__name__ == "GluonJITFunction"}
+    """A Gluon kernel of decode_hopper.py or decode_blocks_hopper.py, run by a `Machine`."""
+    modules = [importlib.import_module(name) for name in ("nsa.kernels.decode_hopper", kernel.fn.__module__)]
+    sources = {name: value.fn for module in modules for name, value in vars(module).items() if type(value).__name__ == "GluonJITFunction"}
 
     def run(grid, *arguments, num_warps, enable_fp_fusion, maxnreg=None, **constants):
         for program in itertools.product(*(range(size) for size in (*grid, 1, 1)[:3])):
@@ -407,7 +407,7 @@ def hopper(monkeypatch, early=False, processors=2):
             pytest.skip("no Hopper GPU with Triton 3.6")
         yield
         return
-    module = pytest.importorskip("nsa.kernels.decode_hopper")
+    modules = [pytest.importorskip(f"nsa.kernels.{name}") for name in ("decode_hopper", "decode_blocks_hopper")]
 
     def launched(kernel, grid, *arguments, real=decode.launch, **settings):
         run = stand_in(kernel, early) if type(kernel).__name__ == "GluonJITFunction" else lambda *a, **s: real(kernel, *a, **s)
@@ -416,8 +416,9 @@ def hopper(monkeypatch, early=False, processors=2):
     with monkeypatch.context() as patch:
         patch.setattr(decode, "runs_hopper_kernels", lambda device: True)
         patch.setattr(decode, "launch", launched)
-        patch.setattr(module, "launch", launched)
-        patch.setattr(module, "num_processors", lambda device: processors)
+        for module in modules:
+            patch.setattr(module, "launch", launched)
+            patch.setattr(module, "num_processors", lambda device: processors)
         yield
 
 
