@@ -132,6 +132,25 @@ def fill_first(common, done, head, first_key, num_keys, first, last, STRIDE: gl.
 
 
 @gluon.jit
+def finish_rows(
+    acc, row_max, row_sum, gate, tensors, strides, group, row, rows, wide_rows, written, valid, dims, LAYOUT: gl.constexpr, ACC_LAYOUT: gl.constexpr,
+    GROUP: gl.constexpr, KEEP: gl.constexpr,
+):  # fmt: skip
+    """gate · o `[64, dims]` of a tile's rows in LAYOUT, from their unscaled sums in ACC_LAYOUT; stores their LSE, and with KEEP o itself."""
+    Branch, Lse = tensors
+    stride_b, stride_bh, stride_l = strides
+    some = row_sum > 0
+    total = gl.where(some, row_sum, 1.0)
+    lse = gl.where(some, (row_max + gl.log2(total)) * 0.6931471805599453, float("-inf"))
+    gl.store(row_pointers(Lse + group, row, stride_l, 1, rows, GROUP), lse, mask=written)
+    result = gl.convert_layout(acc / gl.convert_layout(total, gl.SliceLayout(1, ACC_LAYOUT))[:, None], LAYOUT)
+    if KEEP:
+        at = row_pointers(Branch + group * stride_bh, row, stride_b, stride_bh, wide_rows, GROUP)
+        gl.store(at[:, None] + dims, result.to(Branch.dtype.element_ty), mask=valid[:, None])
+    return result * gate.to(gl.float32)[:, None]
+
+
+@gluon.jit
 def forward_rows(
     common,
     WARP_GROUP: gl.constexpr, GROUP: gl.constexpr, STRIDE: gl.constexpr, OFFSET: gl.constexpr, WINDOW: gl.constexpr,
@@ -230,16 +249,9 @@ def forward_rows(
         acc = warpgroup_mma_wait(0, deps=[adding])
         mbarrier.arrive(v_empty.index(slot), count=1)
 
-        some = row_sum > 0
-        total = gl.where(some, row_sum, 1.0)
-        lse = gl.where(some, (row_max + gl.log2(total)) * 0.6931471805599453, float("-inf"))
         written = (start + rows // GROUP < num_queries) & (rows < QUERIES * GROUP)
-        gl.store(row_pointers(Lse + group, row, stride_l, 1, rows, GROUP), lse, mask=written)
-        result = gl.convert_layout(acc / gl.convert_layout(total, gl.SliceLayout(1, mma_o))[:, None], wide)
-        if KEEP:
-            at = row_pointers(Branch + group * stride_bh, row, stride_b, stride_bh, wide_rows, GROUP)
-            gl.store(at[:, None] + dims, result.to(Branch.dtype.element_ty), mask=valid[:, None])
-        result = result * gate.to(gl.float32)[:, None]
+        kept = ((Branch, Lse), (stride_b, stride_bh, stride_l))
+        result = finish_rows(acc, row_max, row_sum, gate, *kept, group, row, rows, wide_rows, written, valid, dims, wide, mma_o, GROUP, KEEP)
         if ACCUMULATE:
             result += before.to(gl.float32)
         gl.store(out_at, result.to(Out.dtype.element_ty), mask=valid[:, None])

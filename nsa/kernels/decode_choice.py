@@ -79,6 +79,7 @@ def load_shares(leaf_top, leaf_edge, scores, row_stats, row, leaf, group, real, 
 
 @triton.jit
 def add_shares(score, share, share_top, edge, edge_top, top, inverse, group, FIRST: tl.constexpr, GROUPS: tl.constexpr):
+    """`score` plus one head's part, as `load_shares` returns it."""
     share *= power_of_two(share_top - top)
     if FIRST > 0:
         share += tl.where(group == GROUPS - 1, edge * power_of_two(edge_top - top), 0.0)

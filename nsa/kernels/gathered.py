@@ -26,6 +26,7 @@ import triton.language as tl
 from nsa.config import SparsityConfig
 from nsa.kernels.inverse import InverseIndex, Work, cut_lists, query_cuts
 from nsa.kernels.launch import LOG2_E, ceil_div, dot_precision, launch, padded, power_of_two, widths
+from nsa.kernels.query_rows import load_rows
 from nsa.kernels.tiles import KernelPlan
 from nsa.kernels.unions import BlockUnions
 
@@ -267,7 +268,7 @@ def gathered_dq_kernel(
         block, kv_head, k, v, k_row, k_head, v_row, v_head, block_sequence, block_ends, query_ends, key_ends,
         KEY_DIM, KEY_PAD, VALUE_DIM, VALUE_PAD, KEYS, SELECT,
     )  # fmt: skip
-    key_dim, value_dim = tl.arange(0, KEY_PAD), tl.arange(0, VALUE_PAD)
+    key_dim = tl.arange(0, KEY_PAD)
     first = tl.load(firsts + item)
     queries += first
     slots += first
@@ -282,12 +283,10 @@ def gathered_dq_kernel(
         seen = exists[None, :] & (key[None, :] <= (row + offset)[:, None]) & valid[:, None]
         place = ((tl.program_id(1) * num_rows + row - first_query).to(tl.int64) * CHOSEN + slot) * GROUP + lane % GROUP
         row = row.to(tl.int64)
-        q_tile = tl.load(q + (row * q_row + head * q_head)[:, None] + key_dim[None, :], mask=valid[:, None] & (key_dim < KEY_DIM)[None, :], other=0.0)
-        do_mask = valid[:, None] & (value_dim < VALUE_DIM)[None, :]
-        do_tile = tl.load(d_out + (row * d_out_row + head * d_out_head)[:, None] + value_dim[None, :], mask=do_mask, other=0.0)
-        gates = tl.load(gate + row * gate_row + head * gate_head, mask=valid, other=0.0).to(tl.float32)
-        deltas = tl.load(delta + row * delta_row + head * delta_head, mask=valid, other=0.0)
-        lse_log2 = tl.load(lse + row * (num_kv_heads * GROUP) + head, mask=valid, other=float("inf")) * 1.4426950408889634
+        q_tile, do_tile, gates, deltas, lse_log2 = load_rows(
+            d_out, q, lse, delta, gate, row, head, valid, num_kv_heads * GROUP, d_out_row, d_out_head, q_row, q_head, delta_row, delta_head,
+            gate_row, gate_head, KEY_DIM, KEY_PAD, VALUE_DIM, VALUE_PAD,
+        )  # fmt: skip
         s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale_log2
         p = tl.where(seen, tl.exp2(s - lse_log2[:, None]), 0.0)
         dp = tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION)

@@ -22,6 +22,7 @@ from nsa.kernels.banded import runs_hopper_kernels
 from nsa.kernels.gathered import gathered_dq, gathered_forward, may_gather, most_shared
 from nsa.kernels.inverse import invert_selection
 from nsa.kernels.launch import LOG2_E, dot_precision, launch, padded, widths
+from nsa.kernels.query_rows import load_rows
 from nsa.kernels.selected_keys import selected_dkdv
 from nsa.kernels.tiles import KernelPlan, Tile
 from nsa.kernels.unions import MAX_QUERIES, unite_choices
@@ -154,12 +155,11 @@ def selected_dq_kernel(
     bits += item * capacity
     head = kv_head * GROUP + lane % GROUP
     key_dim, value_dim = tl.arange(0, KEY_PAD), tl.arange(0, VALUE_PAD)
-    key_mask, value_mask = valid[:, None] & (key_dim < KEY_DIM)[None, :], valid[:, None] & (value_dim < VALUE_DIM)[None, :]
-    q_tile = tl.load(q + (row * q_row + head * q_head)[:, None] + key_dim[None, :], mask=key_mask, other=0.0)
-    do_tile = tl.load(d_out + (row * d_out_row + head * d_out_head)[:, None] + value_dim[None, :], mask=value_mask, other=0.0)
-    gates = tl.load(gate + row * gate_row + head * gate_head, mask=valid, other=0.0).to(tl.float32)
-    deltas = tl.load(delta + row * delta_row + head * delta_head, mask=valid, other=0.0)
-    lse_log2 = tl.load(lse + row * (num_kv_heads * GROUP) + head, mask=valid, other=float("inf")) * 1.4426950408889634
+    key_mask = valid[:, None] & (key_dim < KEY_DIM)[None, :]
+    q_tile, do_tile, gates, deltas, lse_log2 = load_rows(
+        d_out, q, lse, delta, gate, row, head, valid, num_kv_heads * GROUP, d_out_row, d_out_head, q_row, q_head, delta_row, delta_head,
+        gate_row, gate_head, KEY_DIM, KEY_PAD, VALUE_DIM, VALUE_PAD,
+    )  # fmt: skip
     keys = k + key_start * k_row + kv_head * k_head
     values = v + key_start * v_row + kv_head * v_head
     STEPS: tl.constexpr = (SELECT + KEYS - 1) // KEYS

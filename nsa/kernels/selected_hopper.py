@@ -12,7 +12,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
-from nsa.kernels.banded_hopper import await_tile, clear_rows, copied_in_bulk, key_descriptor, num_processors, row_pointers
+from nsa.kernels.banded_hopper import await_tile, clear_rows, copied_in_bulk, finish_rows, key_descriptor, num_processors, row_pointers
 from nsa.kernels.launch import launch
 from nsa.kernels.tiles import KernelPlan
 from nsa.kernels.unions import BlockUnions
@@ -171,16 +171,9 @@ def forward_kernel(
         valid = (start + wide_rows // GROUP < num_queries) & (wide_rows < QUERIES * GROUP)
         out_at = row_pointers(Out + group * stride_oh, row, stride_o, stride_oh, wide_rows, GROUP)[:, None] + dims
         gate = gl.load(row_pointers(Gate + group * stride_gh, row, stride_g, stride_gh, wide_rows, GROUP), mask=valid, other=0.0)
-        some = row_sum > 0
-        total = gl.where(some, row_sum, 1.0)
-        lse = gl.where(some, (row_max + gl.log2(total)) * 0.6931471805599453, float("-inf"))
         written = (start + rows // GROUP < num_queries) & (rows < QUERIES * GROUP)
-        gl.store(row_pointers(Lse + group, row, stride_l, 1, rows, GROUP), lse, mask=written)
-        result = gl.convert_layout(acc / gl.convert_layout(total, gl.SliceLayout(1, mma_o))[:, None], wide)
-        if KEEP:
-            at = row_pointers(Branch + group * stride_bh, row, stride_b, stride_bh, wide_rows, GROUP)
-            gl.store(at[:, None] + dims, result.to(Branch.dtype.element_ty), mask=valid[:, None])
-        result = result * gate.to(gl.float32)[:, None]
+        kept = ((Branch, Lse), (stride_b, stride_bh, stride_l))
+        result = finish_rows(acc, row_max, row_sum, gate, *kept, group, row, rows, wide_rows, written, valid, dims, wide, mma_o, GROUP, KEEP)
         if ACCUMULATE:
             result += gl.load(out_at, mask=valid[:, None], other=0.0).to(gl.float32)
         gl.store(out_at, result.to(Out.dtype.element_ty), mask=valid[:, None])

@@ -15,6 +15,7 @@ from nsa.config import SparsityConfig
 from nsa.kernels.banded import runs_hopper_kernels
 from nsa.kernels.inverse import InverseIndex, cut_lists, whole_range
 from nsa.kernels.launch import LOG2_E, dot_precision, launch, padded, widths
+from nsa.kernels.query_rows import load_rows
 from nsa.kernels.tiles import KernelPlan, Tile
 
 PART_ROWS = 32768
@@ -28,7 +29,7 @@ def key_tile(dims: int, group: int, block: int, dtype: torch.dtype) -> Tile:
     return Tile(keys=min(padded(block), 64), rows=max(32, padded(group)), num_warps=4 if dims <= 256 else 8, num_stages=3 if dims <= 256 else 2)
 
 
-@triton.jit(do_not_specialize=["num_keys", "num_segments"])
+@triton.jit(do_not_specialize=["num_segments"])
 def dkdv_kernel(
     d_out, q, k, v, lse, delta, gate, dk, dv, segment_dk, segment_dv, queries, counts, blocks, firsts, sizes, segments,
     block_sequence, block_ends, query_ends, key_ends,
@@ -65,12 +66,10 @@ def dkdv_kernel(
         row = tl.load(queries + start + lane // GROUP, mask=valid, other=0)
         seen = exists[:, None] & (key[:, None] <= (row + offset)[None, :]) & valid[None, :]
         row = row.to(tl.int64)
-        q_tile = tl.load(q + (row * q_row + head * q_head)[:, None] + key_dim[None, :], mask=valid[:, None] & (key_dim < KEY_DIM)[None, :], other=0.0)
-        do_mask = valid[:, None] & (value_dim < VALUE_DIM)[None, :]
-        do_tile = tl.load(d_out + (row * d_out_row + head * d_out_head)[:, None] + value_dim[None, :], mask=do_mask, other=0.0)
-        gates = tl.load(gate + row * gate_row + head * gate_head, mask=valid, other=0.0).to(tl.float32)
-        deltas = tl.load(delta + row * delta_row + head * delta_head, mask=valid, other=0.0)
-        lse_log2 = tl.load(lse + row * (num_kv_heads * GROUP) + head, mask=valid, other=float("inf")) * 1.4426950408889634
+        q_tile, do_tile, gates, deltas, lse_log2 = load_rows(
+            d_out, q, lse, delta, gate, row, head, valid, num_kv_heads * GROUP, d_out_row, d_out_head, q_row, q_head, delta_row, delta_head,
+            gate_row, gate_head, KEY_DIM, KEY_PAD, VALUE_DIM, VALUE_PAD,
+        )  # fmt: skip
         s = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION) * scale_log2
         p = tl.where(seen, tl.exp2(s - lse_log2[None, :]), 0.0)
         acc_v += tl.dot((p * gates[None, :]).to(do_tile.dtype), do_tile, input_precision=PRECISION)
