@@ -55,8 +55,8 @@ def drifting_queries(length: int, heads: int, dim: int, generator: torch.Generat
     """Queries whose neighbours choose alike: x_t = .998 x_(t-1) + noise, and a little noise on top; unit variance.
 
     With `drifting_keys` and 8,192 tokens 2, 4, 8, 16 and 32 neighbours choose 18.6, 21.1, 23.6, 26.2 and 29.4 different blocks.
-    SmolLM2-135M-Instruct, converted with the paper's settings, chooses 18.3, 20.8, 23.7, 26.9 and 30.4 in the second half of
-    8,192 tokens of mathematical text (mean of layers and heads); independent queries would choose 27, 47, 73, 100 and 116.
+    SmolLM2-135M-Instruct, converted with the paper's settings, chooses 18.3, 20.8, 23.7, 27.0 and 30.5 in the second half of
+    8,192 tokens of mathematical text (mean of layers and heads; neighbours.py); independent queries would choose 27, 47, 73, 100 and 116.
     """
     keep, size = 0.998, 512
     noise = torch.randn(length, heads, dim, generator=generator, device="cuda") * (1 - keep**2) ** 0.5

@@ -7,6 +7,7 @@ from nsa.config import SparsityConfig
 from nsa.kernels.tiles import KernelPlan
 from nsa.kernels.unions import unite_choices
 from nsa.testing import cumulative
+from scripts.bench.attention.neighbours import union_sizes
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -36,3 +37,11 @@ def test_unions(queries, n):
             got = {int(block): int(bit) & 0xFFFFFFFF for block, bit in zip(blocks[item, :count], bits[item, :count], strict=True)}
             assert list(got) == sorted(got) and got == (want or {0: 0})
     assert int(unions.total) == int(counts.sum())
+
+
+def test_sizes_of_unions_in_the_bench():
+    selection = torch.randint(-1, 9, (11, 2, 3, 4), generator=torch.Generator().manual_seed(0))
+    sizes = union_sizes(selection, 4)
+    for tile, layer, head in [(0, 0, 0), (1, 1, 2), (1, 0, 1)]:
+        assert sizes[tile, layer, head] == len(set(selection[4 * tile : 4 * tile + 4, layer, head].flatten().tolist()) - {-1})
+    assert sizes.shape == (2, 2, 3)
