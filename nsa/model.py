@@ -403,7 +403,8 @@ class NSAForCausalLM(NSAPreTrainedModel, GenerationMixin):
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
-            past_key_values=cache if past_key_values is None else past_key_values,
+            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache if labels is None else False,
             cu_seqlens=cu_seqlens,
