@@ -10,6 +10,7 @@ keeps its traceback (`--traceback` keeps it always).
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib.util
 import os
 import re
@@ -340,6 +341,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         for line in (str(error) or type(error).__name__).split("\n"):
             print(f"error: {line}", file=sys.stderr)
         return 2
+    except OSError as error:
+        if args.traceback or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"error: {os.strerror(error.errno)}{f': {error.filename}' if error.filename else ''}; what is complete is kept", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

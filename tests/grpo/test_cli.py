@@ -1,5 +1,6 @@
 """The command line: help, exit codes, one clear line per user error, and the verbs whose bodies are small."""
 
+import errno
 import json
 import resource
 import subprocess
@@ -265,3 +266,12 @@ def test_other_architectures_are_sent_to_convert(tmp_path: Path) -> None:
 
 def test_sizes_read_well() -> None:
     assert [size(count) for count in (0, 1023, 1536, 5 * 2**30, 2**42)] == ["0 B", "1023 B", "1.5 KiB", "5.0 GiB", "4.0 TiB"]
+
+
+def test_a_full_disk_is_one_line(monkeypatch, capsys):
+    def full():
+        raise OSError(errno.ENOSPC, "No space left on device", "runs/a/metrics.jsonl")
+
+    monkeypatch.setattr(cli, "check_packages", full)
+    assert cli.main(["doctor"]) == 1
+    assert capsys.readouterr().err == "error: No space left on device: runs/a/metrics.jsonl; what is complete is kept\n"
