@@ -54,7 +54,8 @@ def small_case(group_size: int, dim: int) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(SANITIZER is None, reason="compute-sanitizer is not on PATH")
 def test_memcheck_and_racecheck_find_nothing(tmp_path: Path) -> None:
-    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    checkout = str(Path(__file__).parents[3])
+    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": checkout}
     command = [sys.executable, __file__]
     compilers = [subprocess.Popen([*command, str(number)], env=environment) for number in range(len(CASES))]
     assert [compiler.wait(timeout=150) for compiler in compilers] == [0] * len(CASES)
