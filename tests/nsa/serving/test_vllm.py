@@ -413,6 +413,7 @@ def test_cuda_graphs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runner: st
     """Both model runners (V2: 1), block choices kept in the graph; without recording, scheduling is asynchronous. After a cached prompt
     new tokens are prefilled (of `group`) and go through decode calls (of `late`)."""
     monkeypatch.setattr("nsa.serving.backend.LONG_CONTEXT", 32)
+    monkeypatch.setattr("vllm.compilation.monitor.cudagraph_capturing_enabled", True)  # V1 forbids it to all later engines of a process
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", runner)
     monkeypatch.setenv("VLLM_USE_FLASHINFER_SAMPLER", "0")
     model = checkpoint(tmp_path, **GPU_SHAPE).to("cuda", getattr(torch, dtype))
