@@ -1,10 +1,9 @@
 """Hopper's kernel of the selected branch's forward pass, in Gluon (selected.py says what it computes and when it is taken).
 
-One warp group takes 64 rows (queries × heads of a KV head) through the blocks that any of its queries chose, one after the other: from
-a block's scores to its products with V everything waits for what is before it. So three programs share a streaming multiprocessor, and
-while two compute exponents the third keeps the tensor cores busy; a program holds no more of K and V than that leaves room for. They come
-by bulk copy; a block that a row's query did not choose gets weights of exactly 0 and changes nothing in the row. Written for Triton 3.6's
-Gluon, with the parts of banded_hopper.py.
+One warp group takes 64 rows (queries × heads of a KV head) through the blocks that any of its queries chose; two programs
+share a streaming multiprocessor, and while one computes exponents the other keeps the tensor cores busy. K and V come by
+bulk copy, the next blocks while this one is multiplied; a block that a row's query did not choose gets weights of exactly
+0 and changes nothing in the row. Written for Triton 3.6's Gluon, with the parts of banded_hopper.py.
 Leaves out the backward pass: dq in Triton reaches the same rate (selected.py), dk and dv are in selected_keys_hopper.py.
 """
 
@@ -13,25 +12,16 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
-from nsa.kernels.banded_hopper import anew, await_tile, clear_rows, copied_in_bulk, finish_rows, key_descriptor, num_processors, row_pointers
+from nsa.kernels.banded_hopper import await_tile, clear_rows, copied_in_bulk, finish_rows, key_descriptor, num_processors, row_pointers
 from nsa.kernels.launch import launch
 from nsa.kernels.tiles import KernelPlan
 from nsa.kernels.unions import BlockUnions
 
 ROWS = 64
-PROGRAMS = {64: 4, 128: 3}
-"""Programs of a streaming multiprocessor, by head dim: what their shared memory and registers leave room for."""
-REGISTERS = {64: 128, 128: 168}
+STAGES = 3
+"""Blocks of K in shared memory; of V one fewer, so that two programs find room."""
 MIN_GROUP = 2
 """Heads of a KV head, so that a tile's queries have room in an int32 of bits."""
-
-
-@gluon.constexpr_function
-def row_layout(dim):
-    """The layout of rows in global memory: four threads have 32 bytes of each of 8 rows. It differs from that of the products' results in
-    one bit of the thread's number, so that results are exchanged between threads without shared memory, which is full."""
-    columns = [[0, 16], [0, 32], [0, 64]][: dim.bit_length() - 5]
-    return gl.DistributedLinearLayout([[0, 1], [0, 2], [8, 0], *columns], [[0, 8], [0, 4], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, dim])
 
 
 @gluon.jit
@@ -62,11 +52,13 @@ def fill_first(descs, buffers, rings, Blocks, list_at, count, done, first_key, c
     k_desc, v_desc = descs
     keys, values = buffers
     k_ready, v_ready = rings
-    row = first_key + gl.load(Blocks + list_at) * 64
-    fill(k_desc, keys, k_ready, done, row, columns[0])
-    fill(v_desc, values, v_ready, done, row, columns[1])
-    if count > 1:
-        fill(k_desc, keys, k_ready, done + 1, first_key + gl.load(Blocks + list_at + 1) * 64, columns[0])
+    stages: gl.constexpr = keys.type.shape[0]
+    for i in gl.static_range(stages):
+        if i < count:
+            row = first_key + gl.load(Blocks + list_at + i) * 64
+            fill(k_desc, keys, k_ready, done + i, row, columns[0])
+            if i < stages - 1:
+                fill(v_desc, values, v_ready, done + i, row, columns[1])
 
 
 @gluon.jit
@@ -84,7 +76,7 @@ def softmax_step(scores, row_max, scale, block, bits, query, positions, first_po
 @gluon.jit(do_not_specialize=["num_tiles", "capacity", "limit"])
 def forward_kernel(
     k_desc, v_desc, Q, Gate, Out, Branch, Lse, Blocks, Bits, TotalBlocks, tables, strides, scale, num_tiles, num_heads, capacity, limit,
-    GROUP: gl.constexpr, QUERIES: gl.constexpr, ACCUMULATE: gl.constexpr, KEEP: gl.constexpr,
+    GROUP: gl.constexpr, QUERIES: gl.constexpr, STAGES: gl.constexpr, ACCUMULATE: gl.constexpr, KEEP: gl.constexpr,
 ):  # fmt: skip
     """Out (+)= gate · o, branch output and LSE of the tiles program, program + programs, …, heads of a tile side by side."""
     if gl.load(TotalBlocks) > limit:
@@ -95,15 +87,16 @@ def forward_kernel(
     mma_s: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
     mma_o: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, DIM, 16])
     weight_layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=mma_o, k_width=2)
-    wide: gl.constexpr = row_layout(DIM)
+    wide: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [4, 1], [1, 0])
     query_tile = gl.allocate_shared_memory(DTYPE, [64, DIM], gl.NVMMASharedLayout.get_default_for([64, DIM], DTYPE))
-    keys = gl.allocate_shared_memory(DTYPE, [2, 64, DIM], k_desc.layout)
-    values = gl.allocate_shared_memory(DTYPE, [1, 64, DIM], v_desc.layout)
-    k_ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    v_ready = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
-    mbarrier.init(k_ready.index(0), count=1)
-    mbarrier.init(k_ready.index(1), count=1)
-    mbarrier.init(v_ready.index(0), count=1)
+    keys = gl.allocate_shared_memory(DTYPE, [STAGES, 64, DIM], k_desc.layout)
+    values = gl.allocate_shared_memory(DTYPE, [STAGES - 1, 64, DIM], v_desc.layout)
+    k_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_ready = gl.allocate_shared_memory(gl.int64, [STAGES - 1, 1], mbarrier.MBarrierLayout())
+    for number in gl.static_range(STAGES):
+        mbarrier.init(k_ready.index(number), count=1)
+    for number in gl.static_range(STAGES - 1):
+        mbarrier.init(v_ready.index(number), count=1)
     fence_async_shared()
     gl.thread_barrier()
     descs, buffers, rings = (k_desc, v_desc), (keys, values), (k_ready, v_ready)
@@ -115,8 +108,9 @@ def forward_kernel(
     zeros = gl.zeros([64, 64], gl.float32, layout=mma_s)
     query = gl.minimum(rows // GROUP, QUERIES - 1)
     num_units, step = num_tiles * num_heads, gl.num_programs(0)
-    place = tile_of(gl.program_id(0), num_tiles, num_heads, tables, capacity, QUERIES)
-    head, start, row, first_key, num_queries, _num_keys, _position, list_at, count = place
+    head, start, row, first_key, num_queries, num_keys, position, list_at, count = tile_of(
+        gl.program_id(0), num_tiles, num_heads, tables, capacity, QUERIES
+    )
     fill_first(descs, buffers, rings, Blocks, list_at, count, 0, first_key, (head * stride_kh, head * stride_vh))
     valid = (start + wide_rows // GROUP < num_queries) & (wide_rows < QUERIES * GROUP)
     first_at = row_pointers(Q + head * GROUP * stride_qh, row, stride_q, stride_qh, wide_rows, GROUP)
@@ -125,57 +119,70 @@ def forward_kernel(
     gl.thread_barrier()
     done = 0
     for index in range(gl.program_id(0), num_units, step):
-        head, start, row, first_key, num_queries, num_keys, position, list_at, count = place
+        next_head, next_start, next_row, next_first_key, next_queries, next_keys, next_position, next_list, next_count = tile_of(
+            gl.minimum(index + step, num_units - 1), num_tiles, num_heads, tables, capacity, QUERIES
+        )
         group = head * GROUP
         positions = position + rows // GROUP
+        block, bits = gl.load(Blocks + list_at), gl.load(Bits + list_at)
+        v_row = first_key + gl.load(Blocks + list_at + gl.minimum(STAGES - 1, count - 1)) * 64
+        slot = await_tile(k_ready, done)
+        scores = warpgroup_mma(query_tile, keys.index(slot).permute((1, 0)), zeros, use_acc=False)
         row_max = gl.full([64], float("-inf"), gl.float32, layout=gl.SliceLayout(1, mma_s))
-        row_sum = gl.zeros([64], gl.float32, layout=gl.SliceLayout(1, mma_s))
+        p, row_max, decay = softmax_step(scores, row_max, scale, block, bits, query, positions, position, columns)
+        row_sum = gl.sum(p, 1)
+        weights = gl.convert_layout(p.to(DTYPE), weight_layout)
         acc = gl.zeros([64, DIM], gl.float32, layout=mma_o)
-        for i in range(count):
+        gl.thread_barrier()
+        for i in range(1, count):
             block, bits = gl.load(Blocks + list_at + i), gl.load(Bits + list_at + i)
-            v_row = first_key + gl.load(Blocks + list_at + gl.minimum(i + 1, count - 1)) * 64
-            k_row = first_key + gl.load(Blocks + list_at + gl.minimum(i + 2, count - 1)) * 64
+            k_ahead = i + STAGES - 1
+            k_row = first_key + gl.load(Blocks + list_at + gl.minimum(k_ahead, count - 1)) * 64
             slot = await_tile(k_ready, done + i)
-            scores = warpgroup_mma(query_tile, keys.index(slot).permute((1, 0)), zeros, use_acc=False)
-            gl.thread_barrier()
-            if i + 2 < count:
-                fill(k_desc, keys, k_ready, done + i + 2, k_row, head * stride_kh)
+            coming = warpgroup_mma(query_tile, keys.index(slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
+            v_slot = await_tile(v_ready, done + i - 1)
+            adding = warpgroup_mma(weights, values.index(v_slot), acc, is_async=True)
+            if k_ahead < count:  # in the place of block i - 1, whose scores are done
+                fill(k_desc, keys, k_ready, done + k_ahead, k_row, head * stride_kh)
+            scores = warpgroup_mma_wait(1, deps=[coming])
             p, row_max, decay = softmax_step(scores, row_max, scale, block, bits, query, positions, position, columns)
             row_sum = row_sum * decay + gl.sum(p, 1)
-            weights = gl.convert_layout(p.to(DTYPE), weight_layout)
+            acc = warpgroup_mma_wait(0, deps=[adding])
             acc = acc * gl.convert_layout(decay, gl.SliceLayout(1, mma_o))[:, None]
-            slot = await_tile(v_ready, done + i)
-            if block * 64 + 64 > num_keys:
-                clear_rows(values.index(slot), block * 64, num_keys, wide)
-                fence_async_shared()
-                gl.thread_barrier()
-            acc = warpgroup_mma(weights, values.index(slot), acc)
+            weights = gl.convert_layout(p.to(DTYPE), weight_layout)
             gl.thread_barrier()
-            if i + 1 < count:
-                fill(v_desc, values, v_ready, done + i + 1, v_row, head * stride_vh)
+            if i + STAGES - 2 < count:  # in the place of block i - 1
+                fill(v_desc, values, v_ready, done + i + STAGES - 2, v_row, head * stride_vh)
+            v_row = k_row
+        slot = await_tile(v_ready, done + count - 1)
+        if block * 64 + 64 > num_keys:
+            clear_rows(values.index(slot), block * 64, num_keys, wide)
+            fence_async_shared()
+            gl.thread_barrier()
+        acc = warpgroup_mma(weights, values.index(slot), acc)
         done += count
         more = index + step < num_units
-        here, own_rows = anew(wide_rows, place), anew(rows, place)
-        next_place = tile_of(gl.minimum(index + step, num_units - 1), num_tiles, num_heads, tables, capacity, QUERIES)
-        next_head, next_start, next_row, next_first_key, next_queries, _num_keys, _position, next_list, next_count = next_place
+        next_valid = (next_start + wide_rows // GROUP < next_queries) & (wide_rows < QUERIES * GROUP) & more
+        at = row_pointers(Q + next_head * GROUP * stride_qh, next_row, stride_q, stride_qh, wide_rows, GROUP)
+        next_q = gl.load(at[:, None] + dims, mask=next_valid[:, None], other=0.0)
+        gl.thread_barrier()  # everybody's products are done: all places are free
         if more:
             fill_first(descs, buffers, rings, Blocks, next_list, next_count, done, next_first_key, (next_head * stride_kh, next_head * stride_vh))
-        next_valid = (next_start + here // GROUP < next_queries) & (here < QUERIES * GROUP) & more
-        at = row_pointers(Q + next_head * GROUP * stride_qh, next_row, stride_q, stride_qh, here, GROUP)
-        next_q = gl.load(at[:, None] + dims, mask=next_valid[:, None], other=0.0)
-        valid = (start + here // GROUP < num_queries) & (here < QUERIES * GROUP)
-        out_at = row_pointers(Out + group * stride_oh, row, stride_o, stride_oh, here, GROUP)[:, None] + dims
-        gate = gl.load(row_pointers(Gate + group * stride_gh, row, stride_g, stride_gh, here, GROUP), mask=valid, other=0.0)
-        written = (start + own_rows // GROUP < num_queries) & (own_rows < QUERIES * GROUP)
+        valid = (start + wide_rows // GROUP < num_queries) & (wide_rows < QUERIES * GROUP)
+        out_at = row_pointers(Out + group * stride_oh, row, stride_o, stride_oh, wide_rows, GROUP)[:, None] + dims
+        gate = gl.load(row_pointers(Gate + group * stride_gh, row, stride_g, stride_gh, wide_rows, GROUP), mask=valid, other=0.0)
+        written = (start + rows // GROUP < num_queries) & (rows < QUERIES * GROUP)
         kept = ((Branch, Lse), (stride_b, stride_bh, stride_l))
-        result = finish_rows(acc, row_max, row_sum, gate, *kept, group, row, own_rows, here, written, valid, dims, wide, mma_o, GROUP, KEEP)
+        result = finish_rows(acc, row_max, row_sum, gate, *kept, group, row, rows, wide_rows, written, valid, dims, wide, mma_o, GROUP, KEEP)
         if ACCUMULATE:
             result += gl.load(out_at, mask=valid[:, None], other=0.0).to(gl.float32)
         gl.store(out_at, result.to(Out.dtype.element_ty), mask=valid[:, None])
+        gl.thread_barrier()
         query_tile.store(next_q)
         fence_async_shared()
         gl.thread_barrier()
-        place = next_place
+        head, start, row, first_key, num_queries, num_keys = next_head, next_start, next_row, next_first_key, next_queries, next_keys
+        position, list_at, count = next_position, next_list, next_count
 
 
 def takes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, size: int) -> bool:
@@ -203,9 +210,8 @@ def forward(
     num_tiles, num_heads, kept = unions.tiles.shape[0], k.shape[1], out if branch is None else branch
     strides = (*q.stride()[:2], k.stride(1), v.stride(1), *gate.stride(), *out.stride()[:2], *kept.stride()[:2], lse.stride(0))
     launch(
-        forward_kernel, (min(num_tiles * num_heads, PROGRAMS[k.shape[2]] * num_processors(q.device)),),
+        forward_kernel, (min(num_tiles * num_heads, 2 * num_processors(q.device)),),
         key_descriptor(k, 64), key_descriptor(v, 64), q, gate, out, kept, lse, unions.blocks, unions.bits, unions.total,
         (unions.tiles, plan.query_ends, plan.key_ends, unions.counts), strides, scale, num_tiles, num_heads, unions.blocks.shape[1], limit,
-        GROUP=q.shape[1] // num_heads, QUERIES=unions.queries, ACCUMULATE=accumulate, KEEP=branch is not None, num_warps=4,
-        maxnreg=REGISTERS[k.shape[2]],
+        GROUP=q.shape[1] // num_heads, QUERIES=unions.queries, STAGES=STAGES, ACCUMULATE=accumulate, KEEP=branch is not None, num_warps=4,
     )  # fmt: skip
