@@ -1,4 +1,5 @@
-"""Hopper kernels of attention over a band of keys, in Gluon (banded.py says what they compute and when they are taken).
+"""The Hopper kernel of attention over a band of keys, in Gluon, and what it shares with those of the backward pass (banded.py says
+what they compute and when they are taken).
 
 Two warp groups share each tile of keys, 64 rows of queries each, and wait for nothing of each other but for room for the
 next tile: while one computes exponents the other keeps the tensor cores busy. Warp group 0 starts the bulk copies (TMA) of
@@ -9,6 +10,9 @@ of V (K, q and dO, where they are factors of a gradient) are cleared in shared m
 Every program works on a fixed list of tiles; while it writes the results of one, queries and first keys of the next are on
 their way. A tile's result depends on its own sequence alone. Written for Triton 3.6's Gluon.
 Leaves out the backward pass (banded_hopper_dq.py, banded_hopper_dkdv.py).
+
+Registers: the loops over keys need nearly all of them, and what is spilled around a loop comes back from L2 (shared memory leaves
+no L1), a few hundred cycles each. So whatever is cheap is computed anew for each tile: see `anew`.
 """
 
 from functools import lru_cache
@@ -39,15 +43,22 @@ def key_range(first, last, num_keys, STRIDE: gl.constexpr, OFFSET: gl.constexpr,
 
 @gluon.jit
 def place_of(index, num_heads, tables, QUERIES: gl.constexpr):
-    """Unit of work `index`: KV head; first query (in its sequence, and packed); first key; lengths; position of the first and last query."""
-    Tiles, QueryEnds, TokenEnds, KeyEnds = tables
+    """Unit of work `index`: KV head, sequence; first query (in its sequence, and packed); number of queries; position of the first and last query."""
+    Tiles, QueryEnds, TokenEnds = tables
     tile, head = index // num_heads, index % num_heads
     sequence, start = gl.load(Tiles + 2 * tile), gl.load(Tiles + 2 * tile + 1)
-    first_query, first_key = gl.load(QueryEnds + sequence), gl.load(KeyEnds + sequence)
-    num_queries, num_keys = gl.load(QueryEnds + sequence + 1) - first_query, gl.load(KeyEnds + sequence + 1) - first_key
+    first_query = gl.load(QueryEnds + sequence)
+    num_queries = gl.load(QueryEnds + sequence + 1) - first_query
     ahead = gl.load(TokenEnds + sequence + 1) - gl.load(TokenEnds + sequence) - num_queries
     last = ahead + gl.minimum(start + QUERIES, num_queries) - 1
-    return head, start, (first_query + start).to(gl.int64), first_key, num_queries, num_keys, ahead + start, last
+    return head, sequence, start, (first_query + start).to(gl.int64), num_queries, ahead + start, last
+
+
+@gluon.jit
+def keys_of(KeyEnds, sequence):
+    """A sequence's first key in a band and how many it has."""
+    first_key = gl.load(KeyEnds + sequence)
+    return first_key, gl.load(KeyEnds + sequence + 1) - first_key
 
 
 @gluon.jit
@@ -103,6 +114,12 @@ def row_pointers(base, row, stride, stride_head, rows, GROUP: gl.constexpr):
 
 
 @gluon.jit
+def anew(rows, place):
+    """rows, in such a way that the compiler does not compute addresses from them once for all tiles and spill them."""
+    return rows + gl.minimum(place[4], 0)  # a number of queries: never negative, which only we know
+
+
+@gluon.jit
 def softmax_step(scores, row_max, scale, key, bounds, keys, positions, STRIDE: gl.constexpr, OFFSET: gl.constexpr, WINDOW: gl.constexpr):
     """Weights of a tile of keys against the new maximum (base 2), that maximum, and the factor on what came before."""
     all_begin, all_end = bounds
@@ -114,14 +131,16 @@ def softmax_step(scores, row_max, scale, key, bounds, keys, positions, STRIDE: g
 
 
 @gluon.jit
-def fill_first(common, done, head, first_key, num_keys, first, last, STRIDE: gl.constexpr, OFFSET: gl.constexpr, WINDOW: gl.constexpr):
-    """Starts the copies of the first tiles of K and V for queries at positions first … last, after `done` others."""
-    descs, buffers, rings, _tensors, _tables, strides, _scale, _num_tiles, _num_heads = common
+def fill_first(common, done, place, STRIDE: gl.constexpr, OFFSET: gl.constexpr, WINDOW: gl.constexpr):
+    """Starts the copies of the first tiles of K and V for the queries at a place, after `done` others."""
+    descs, buffers, rings, _tensors, _tables, KeyEnds, strides, _scale, _num_tiles, _num_heads = common
     k_desc, v_desc = descs
     _, keys, values = buffers
     k_ready, k_empty, v_ready, v_empty, _cleared = rings
     stages: gl.constexpr = keys.type.shape[0]
     width: gl.constexpr = keys.type.shape[1]
+    head, sequence, _start, _row, _num_queries, first, last = place
+    first_key, num_keys = keys_of(KeyEnds, sequence)
     begin, _, _, end = key_range(first, last, num_keys, STRIDE, OFFSET, WINDOW)
     key_row, count = first_key + begin, gl.maximum(gl.cdiv(end - begin, width), 1)
     for i in gl.static_range(stages):
@@ -157,7 +176,7 @@ def forward_rows(
     ACCUMULATE: gl.constexpr, KEEP: gl.constexpr,
 ):  # fmt: skip
     """Rows 64·WARP_GROUP … of each of the program's tiles."""
-    descs, buffers, rings, tensors, tables, strides, scale, num_tiles, num_heads = common
+    descs, buffers, rings, tensors, tables, KeyEnds, strides, scale, num_tiles, num_heads = common
     k_desc, v_desc = descs
     queries, keys, values = buffers
     k_ready, k_empty, v_ready, v_empty, cleared = rings
@@ -169,6 +188,7 @@ def forward_rows(
     QUERIES: gl.constexpr = 128 // GROUP
     mma_s: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, KEYS, 16])
     mma_o: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, DIM, 16])
+    query_layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=mma_s, k_width=2)
     weight_layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=mma_o, k_width=2)
     wide: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [4, 1], [1, 0])
     query_tile = queries.index(WARP_GROUP)
@@ -178,27 +198,27 @@ def forward_rows(
     dims = gl.arange(0, DIM, layout=gl.SliceLayout(0, wide))[None, :]
     zeros = gl.zeros([64, KEYS], gl.float32, layout=mma_s)
     num_units, step = num_tiles * num_heads, gl.num_programs(0)
-    head, start, row, first_key, num_queries, num_keys, first, last = place_of(gl.program_id(0), num_heads, tables, QUERIES)
+    place = place_of(gl.program_id(0), num_heads, tables, QUERIES)
     if WARP_GROUP == 0:
-        fill_first(common, 0, head, first_key, num_keys, first, last, STRIDE, OFFSET, WINDOW)
-    valid = (start + wide_rows // GROUP < num_queries) & (wide_rows < QUERIES * GROUP)
-    first_at = row_pointers(Q + head * GROUP * stride_qh, row, stride_q, stride_qh, wide_rows, GROUP)
+        fill_first(common, 0, place, STRIDE, OFFSET, WINDOW)
+    valid = (place[2] + wide_rows // GROUP < place[4]) & (wide_rows < QUERIES * GROUP)
+    first_at = row_pointers(Q + place[0] * GROUP * stride_qh, place[3], stride_q, stride_qh, wide_rows, GROUP)
     query_tile.store(gl.load(first_at[:, None] + dims, mask=valid[:, None], other=0.0))
     fence_async_shared()
     gl.thread_barrier()
     done, clearings = 0, 0
     for index in range(gl.program_id(0), num_units, step):
-        next_head, next_start, next_row, next_first_key, next_queries, next_keys, next_first, next_last = place_of(
-            gl.minimum(index + step, num_units - 1), num_heads, tables, QUERIES
-        )
+        head, sequence, start, row, num_queries, first, last = place
+        first_key, num_keys = keys_of(KeyEnds, sequence)
         begin, all_begin, all_end, end = key_range(first, last, num_keys, STRIDE, OFFSET, WINDOW)
         count = gl.maximum(gl.cdiv(end - begin, KEYS), 1)
         key_row, group = first_key + begin, head * GROUP
 
+        query_rows = query_tile.load(query_layout)  # as an operand from registers: shared memory is nearly as busy as the tensor cores
         positions = first + rows // GROUP
         bounds = (all_begin, all_end)
         slot = await_tile(k_ready, done)
-        scores = warpgroup_mma(query_tile, keys.index(slot).permute((1, 0)), zeros, use_acc=False)
+        scores = warpgroup_mma(query_rows, keys.index(slot).permute((1, 0)), zeros, use_acc=False)
         mbarrier.arrive(k_empty.index(slot), count=1)
         row_max = gl.full([64], float("-inf"), gl.float32, layout=gl.SliceLayout(1, mma_s))
         p, row_max, decay = softmax_step(scores, row_max, scale, begin, bounds, columns, positions, STRIDE, OFFSET, WINDOW)
@@ -207,7 +227,7 @@ def forward_rows(
         acc = gl.zeros([64, DIM], gl.float32, layout=mma_o)
         for i in range(1, count):
             slot = await_tile(k_ready, done + i)
-            coming = warpgroup_mma(query_tile, keys.index(slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
+            coming = warpgroup_mma(query_rows, keys.index(slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
             v_slot = await_tile(v_ready, done + i - 1)
             adding = warpgroup_mma(weights, values.index(v_slot), acc, is_async=True)
             if WARP_GROUP == 0:
@@ -235,23 +255,25 @@ def forward_rows(
         adding = warpgroup_mma(weights, values.index(slot), acc, is_async=True)
         done += count
         more = index + step < num_units
-        next_valid = (next_start + wide_rows // GROUP < next_queries) & (wide_rows < QUERIES * GROUP) & more
-        at = row_pointers(Q + next_head * GROUP * stride_qh, next_row, stride_q, stride_qh, wide_rows, GROUP)
+        here, own_rows = anew(wide_rows, place), anew(rows, place)
+        next_place = place_of(gl.minimum(index + step, num_units - 1), num_heads, tables, QUERIES)
+        next_valid = (next_place[2] + here // GROUP < next_place[4]) & (here < QUERIES * GROUP) & more
+        at = row_pointers(Q + next_place[0] * GROUP * stride_qh, next_place[3], stride_q, stride_qh, here, GROUP)
         next_q = gl.load(at[:, None] + dims, mask=next_valid[:, None], other=0.0)
         if WARP_GROUP == 0:  # noqa: SIM102 (one is known when compiled, the other is not)
             if more:
-                fill_first(common, done, next_head, next_first_key, next_keys, next_first, next_last, STRIDE, OFFSET, WINDOW)
-        valid = (start + wide_rows // GROUP < num_queries) & (wide_rows < QUERIES * GROUP)
-        out_at = row_pointers(Out + group * stride_oh, row, stride_o, stride_oh, wide_rows, GROUP)[:, None] + dims
+                fill_first(common, done, next_place, STRIDE, OFFSET, WINDOW)
+        valid = (start + here // GROUP < num_queries) & (here < QUERIES * GROUP)
+        out_at = row_pointers(Out + group * stride_oh, row, stride_o, stride_oh, here, GROUP)[:, None] + dims
         if ACCUMULATE:
             before = gl.load(out_at, mask=valid[:, None], other=0.0)
-        gate = gl.load(row_pointers(Gate + group * stride_gh, row, stride_g, stride_gh, wide_rows, GROUP), mask=valid, other=0.0)
+        gate = gl.load(row_pointers(Gate + group * stride_gh, row, stride_g, stride_gh, here, GROUP), mask=valid, other=0.0)
         acc = warpgroup_mma_wait(0, deps=[adding])
         mbarrier.arrive(v_empty.index(slot), count=1)
 
-        written = (start + rows // GROUP < num_queries) & (rows < QUERIES * GROUP)
+        written = (start + own_rows // GROUP < num_queries) & (own_rows < QUERIES * GROUP)
         kept = ((Branch, Lse), (stride_b, stride_bh, stride_l))
-        result = finish_rows(acc, row_max, row_sum, gate, *kept, group, row, rows, wide_rows, written, valid, dims, wide, mma_o, GROUP, KEEP)
+        result = finish_rows(acc, row_max, row_sum, gate, *kept, group, row, own_rows, here, written, valid, dims, wide, mma_o, GROUP, KEEP)
         if ACCUMULATE:
             result += before.to(gl.float32)
         gl.store(out_at, result.to(Out.dtype.element_ty), mask=valid[:, None])
@@ -259,13 +281,12 @@ def forward_rows(
         query_tile.store(next_q)
         fence_async_shared()
         gl.thread_barrier()
-        head, start, row, first_key = next_head, next_start, next_row, next_first_key
-        num_queries, num_keys, first, last = next_queries, next_keys, next_first, next_last
+        place = next_place
 
 
 @gluon.jit(do_not_specialize=["num_tiles"])
 def forward_kernel(
-    k_desc, v_desc, tensors, tables, strides, scale, num_tiles, num_heads,
+    k_desc, v_desc, tensors, tables, key_ends, strides, scale, num_tiles, num_heads,
     GROUP: gl.constexpr, STRIDE: gl.constexpr, OFFSET: gl.constexpr, WINDOW: gl.constexpr, STAGES: gl.constexpr,
     ACCUMULATE: gl.constexpr, KEEP: gl.constexpr,
 ):  # fmt: skip
@@ -288,7 +309,7 @@ def forward_kernel(
         mbarrier.init(v_empty.index(i), count=2)
     fence_async_shared()
     rings = (k_ready, k_empty, v_ready, v_empty, cleared)
-    common = ((k_desc, v_desc), (queries, keys, values), rings, tensors, tables, strides, scale, num_tiles, num_heads)
+    common = ((k_desc, v_desc), (queries, keys, values), rings, tensors, tables, key_ends, strides, scale, num_tiles, num_heads)
     gl.warp_specialize(
         [
             (forward_rows, (common, 0, GROUP, STRIDE, OFFSET, WINDOW, ACCUMULATE, KEEP)),
@@ -355,6 +376,6 @@ def forward(
     strides = (*q.stride()[:2], k.stride(1), v.stride(1), *gate.stride(), *out.stride()[:2], *kept.stride()[:2], lse.stride(0))
     launch(
         forward_kernel, (min(num_tiles * num_heads, num_processors(q.device)),),
-        key_descriptor(k, keys), key_descriptor(v, keys), (q, gate, out, kept, lse), tables, strides, scale, num_tiles, num_heads,
+        key_descriptor(k, keys), key_descriptor(v, keys), (q, gate, out, kept, lse), tables[:3], tables[3], strides, scale, num_tiles, num_heads,
         GROUP=q.shape[1] // num_heads, **geometry, STAGES=stages, ACCUMULATE=accumulate, KEEP=branch is not None, num_warps=4,
     )  # fmt: skip

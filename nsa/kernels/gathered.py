@@ -360,7 +360,7 @@ def gathered_forward(
     shared = {"GROUP": group, **widths(key_dim, value_dim), "KEYS": padded(size), "SELECT": size, "CHOSEN": n, "PRECISION": dot_precision()}
     (rows, num_warps, num_stages), (merge_rows, merge_warps, merge_stages) = shapes.block, shapes.merge
     part = max(1, shapes.part // group)
-    works = list(cut_lists(index, device_cuts, plan, size, part, most * n, init=init, local=local, backward=False))
+    works = list(cut_lists(index, device_cuts, plan, size, part, most * n, init=init, local=local, backward=False, guard=(unions.total, limit)))
     for work, number, _, first_head, taken, first, count in launches(cuts, works, num_kv_heads, heads):
         launch(
             gathered_forward_kernel, (work.blocks.shape[2], taken),
@@ -392,7 +392,7 @@ def gathered_dq(
     dims, before, limit = widths(key_dim, value_dim), dq if dq_before is None else dq_before, most_shared(unions, config)
     (rows, num_warps, num_stages), (dq_rows, dq_warps, dq_stages) = shapes.block, shapes.add_dq
     part = max(1, shapes.part // group)
-    works = list(cut_lists(index, device_cuts, plan, size, part, most * n, init=0, local=-1, backward=False))
+    works = list(cut_lists(index, device_cuts, plan, size, part, most * n, init=0, local=-1, backward=False, guard=(unions.total, limit)))
     for work, number, _, first_head, taken, first, count in launches(cuts, works, num_kv_heads, heads):
         launch(
             gathered_dq_kernel, (work.blocks.shape[2], taken),

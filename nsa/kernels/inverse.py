@@ -198,13 +198,15 @@ def bounds_of(
     return low, (first_from(queries, low, high, end_query, steps) - low).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["num_blocks", "num_programs", "steps"], do_not_specialize_on_alignment=["cuts"])
+@triton.jit(do_not_specialize=["num_blocks", "num_programs", "steps", "limit"], do_not_specialize_on_alignment=["cuts"])
 def cut_kernel(
-    queries, ends, cuts, counts, blocks, firsts, sizes, segments, segment_firsts, segment_counts, block_sequence, block_ends, query_ends, key_ends,
-    num_blocks, num_programs, part, steps,
+    queries, ends, total, cuts, counts, blocks, firsts, sizes, segments, segment_firsts, segment_counts, block_sequence, block_ends,
+    query_ends, key_ends, num_blocks, num_programs, part, steps, limit,
     SELECT: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr, KEEP_EMPTY: tl.constexpr, SEGMENTS: tl.constexpr, LISTS: tl.constexpr,
 ):  # fmt: skip
     """The work of one range (x) and KV head (y): whole parts first, then what is left of each list."""
+    if tl.load(total) <= limit:
+        return
     head = tl.program_id(1)
     owner = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + head
     first_query, end_query = tl.load(cuts + tl.program_id(0)), tl.load(cuts + tl.program_id(0) + 1)
@@ -253,8 +255,9 @@ def aligned_vectors(sizes: list[int], device: torch.device) -> list[torch.Tensor
 
 
 def cut_lists(
-    index: InverseIndex, cuts: torch.Tensor, plan: KernelPlan, size: int, part: int, most: int, *, init: int, local: int, backward: bool
-) -> Iterator[tuple[int, Work]]:
+    index: InverseIndex, cuts: torch.Tensor, plan: KernelPlan, size: int, part: int, most: int, *, init: int, local: int, backward: bool,
+    guard: tuple[torch.Tensor, int] | None = None,
+) -> Iterator[tuple[int, Work]]:  # fmt: skip
     """Cut every list at the ranges' borders, and what is left into parts; whole parts first.
 
     Args:
@@ -263,12 +266,14 @@ def cut_lists(
         init, local: leave out the choices of the first `init` blocks, and those by queries fewer than `local` blocks
             later; local < 0 leaves out nothing.
         backward: a block nobody chose gets a program too, and there are tables of segments.
+        guard: a number on the device and a limit: where the number is not above the limit, nothing is done.
     Yields:
         (number of the first range, its and the next ranges' work), in order.
     """
     num_blocks, num_lists = index.num_blocks, index.ends.shape[0] - 1
     num_kv_heads, num_ranges, together = num_lists // num_blocks, cuts.shape[0] - 1, max(1, MAX_BOUNDS // num_lists)
     programs = num_blocks + most // part
+    total, limit = (index.ends, -1) if guard is None else guard  # the first list begins at 0
     for base in range(0, num_ranges, together):
         count = min(together, num_ranges - base)
         widths = [count * num_kv_heads * width for width in (1, programs, programs, *((programs, num_blocks, num_blocks) if backward else ()))]
@@ -278,8 +283,8 @@ def cut_lists(
         work = Work(counts, blocks, firsts, sizes, segments, segment_firsts, segment_counts)
         launch(
             cut_kernel, (count, num_kv_heads),
-            index.queries, index.ends, cuts[base:], *work, index.block_sequence, index.block_ends, plan.query_ends, plan.key_ends,
-            num_blocks, programs, part, plan.num_queries.bit_length(),
+            index.queries, index.ends, total, cuts[base:], *work, index.block_sequence, index.block_ends, plan.query_ends, plan.key_ends,
+            num_blocks, programs, part, plan.num_queries.bit_length(), limit,
             SELECT=size, INIT=init, LOCAL=local, KEEP_EMPTY=backward, SEGMENTS=backward, LISTS=128 if num_blocks <= 128 else 1024,
         )  # fmt: skip
         yield base, work

@@ -19,6 +19,7 @@ import triton.language as tl
 
 from nsa.config import SparsityConfig
 from nsa.kernels.banded import runs_hopper_kernels
+from nsa.kernels.counted_inverse import invert_where
 from nsa.kernels.gathered import gathered_dq, gathered_forward, may_gather, most_shared
 from nsa.kernels.inverse import invert_selection
 from nsa.kernels.launch import LOG2_E, dot_precision, launch, padded, widths
@@ -231,7 +232,7 @@ def selected_forward(
             num_stages=shape.num_stages,
         )  # fmt: skip
     if both:
-        index = invert_selection(selection, plan, config)
+        index = invert_where(selection, plan, config, unions.total, limit)
         gathered_forward(
             q, k, v, selection, unions, index, plan, config, scale=scale, gate=gate, out=out, branch_out=branch_out, lse=lse, accumulate=accumulate
         )  # fmt: skip

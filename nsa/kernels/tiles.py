@@ -6,9 +6,9 @@ the device once. Query, key and compressed tiles never cross a sequence border. 
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from nsa.blocks import num_compressed
@@ -24,6 +24,11 @@ class Tile:
     rows: int
     num_warps: int
     num_stages: int
+
+
+def on_device(table: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A host tensor on a device. A copy from ordinary memory would wait for all that the GPU still has to do."""
+    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table.to(device)
 
 
 class KernelPlan:
@@ -55,17 +60,16 @@ class KernelPlan:
     ) -> None:
         self.config = config
         self.host_query_ends, self.host_key_ends = checked_ends(query_ends, key_ends)
-        queries, keys = self.host_query_ends.tolist(), self.host_key_ends.tolist()
-        self._query_lengths = [b - a for a, b in itertools.pairwise(queries)]
-        self._key_lengths = [b - a for a, b in itertools.pairwise(keys)]
-        self._compressed_lengths = [num_compressed(length, config) for length in self._key_lengths]
-        compressed = torch.tensor([0, *self._compressed_lengths]).cumsum(0)
-        self.device, self.num_sequences = device, len(self._query_lengths)
-        self.num_queries, self.num_keys, self.num_compressed = queries[-1], keys[-1], int(compressed[-1])
-        self.max_key_length = max(self._key_lengths, default=0)
+        self._query_lengths, self._key_lengths = (np.diff(ends.numpy()) for ends in (self.host_query_ends, self.host_key_ends))
+        key_lengths = self._key_lengths.tolist()
+        self._compressed_lengths = np.array([num_compressed(length, config) for length in key_lengths])
+        compressed = torch.tensor([0, *self._compressed_lengths.cumsum().tolist()])
+        self.device, self.num_sequences = device, len(key_lengths)
+        self.num_queries, self.num_keys, self.num_compressed = int(self.host_query_ends[-1]), int(self.host_key_ends[-1]), int(compressed[-1])
+        self.max_key_length = max(key_lengths)
         ends = torch.stack([self.host_query_ends, self.host_key_ends, compressed]).to(torch.int32)
         # Rows begin at 16 bytes whatever the number of sequences: Triton compiles a kernel anew for a pointer that is not aligned.
-        ends = torch.nn.functional.pad(ends, (0, -ends.shape[1] % 4)).to(device, non_blocking=True)
+        ends = on_device(torch.nn.functional.pad(ends, (0, -ends.shape[1] % 4)), device)
         self.query_ends, self.key_ends, self.compressed_ends = ends[:, : self.num_sequences + 1]
         self.num_key_rows = self.num_keys if key_index is None else self.num_queries
         self.key_rows = None if key_index is None else key_index.to(device)
@@ -74,8 +78,7 @@ class KernelPlan:
 
     def query_tiles(self, size: int) -> torch.Tensor:
         """int32 `[tiles, 2]`: (sequence, first query of the tile counted in its sequence), those that see most keys first."""
-        offsets = [key - query for key, query in zip(self._key_lengths, self._query_lengths)]
-        return self._table("query", size, self._query_lengths, offsets, last_first=True)
+        return self._table("query", size, self._query_lengths, self._key_lengths - self._query_lengths, last_first=True)
 
     def key_tiles(self, size: int) -> torch.Tensor:
         """int32 `[tiles, 2]`: (sequence, first key of the tile counted in its sequence), those seen by most queries first."""
@@ -85,11 +88,14 @@ class KernelPlan:
         """int32 `[tiles, 2]`: (sequence, first compressed token of the tile counted in its sequence), as `key_tiles`."""
         return self._table("compressed", size, self._compressed_lengths, self._compressed_lengths, last_first=False)
 
-    def _table(self, kind: str, size: int, lengths: list[int], weights: list[int], *, last_first: bool) -> torch.Tensor:
+    def _table(self, kind: str, size: int, lengths: np.ndarray, weights: np.ndarray, *, last_first: bool) -> torch.Tensor:
         key = (kind, size)
         if key not in self._tables:
-            tiles = [(sequence, start) for sequence, length in enumerate(lengths) for start in range(0, length, size)]
-            tiles.sort(key=lambda tile: -(weights[tile[0]] + tile[1]) if last_first else tile[1] - weights[tile[0]])
-            table = torch.tensor(tiles, dtype=torch.int32).view(-1, 2)
-            self._tables[key] = table.to(self.device, non_blocking=True)
+            counts = -(-lengths // size)
+            sequences = np.repeat(np.arange(len(lengths)), counts)
+            starts = (np.arange(len(sequences)) - np.repeat(counts.cumsum() - counts, counts)) * size
+            seen = np.repeat(weights, counts)
+            order = np.argsort(-(seen + starts) if last_first else starts - seen, kind="stable")
+            table = np.stack([sequences[order], starts[order]], axis=1).astype(np.int32)
+            self._tables[key] = on_device(torch.from_numpy(table), self.device)
         return self._tables[key]

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from nsa.config import SparsityConfig
+from nsa.kernels.counted_inverse import invert_where
 from nsa.kernels.inverse import cut_lists, invert_selection, query_cuts
 from nsa.kernels.tiles import KernelPlan
 from nsa.testing import cumulative
@@ -56,6 +57,25 @@ def test_lists(lengths, query_lengths, num_kv_heads):
         s = index.block_sequence[block].item()
         assert selection[queries[i], h, slot] == block - sum(counts[:s])
     assert [queries[a:b] for a, b in pairwise(ends)] == lists
+
+
+@pytest.mark.parametrize("num_kv_heads", [1, 3])
+@pytest.mark.parametrize("sizes", [(64, 256), (4, 256), (4, 3)])
+def test_counted_where_the_total_is_above_the_limit(monkeypatch, num_kv_heads, sizes):
+    """One chunk of queries, many, and as many as there may be; a block after the sequence's last is none, as for the unions."""
+    monkeypatch.setattr("nsa.kernels.counted_inverse.MIN_CHUNK", sizes[0])
+    monkeypatch.setattr("nsa.kernels.counted_inverse.MAX_CHUNKS", sizes[1])
+    config = SparsityConfig(compress_block_size=8, compress_stride=4, select_block_size=8, num_selected_blocks=5, compressor="mean")
+    lengths, queries = [100, 0, 63, 200], [100, 0, 5, 33]
+    plan = KernelPlan(cumulative(queries), cumulative(lengths), config=config, device=torch.device(DEVICE))
+    selection = random_selection(lengths, queries, num_kv_heads, config).to(DEVICE)
+    total = torch.tensor([8], dtype=torch.int32, device=DEVICE)
+    sorted_, counted = invert_selection(selection, plan, config), invert_where(selection, plan, config, total, 7)
+    assert torch.equal(counted.ends, sorted_.ends)
+    entries = int(sorted_.ends[-1])
+    assert torch.equal(counted.queries[:entries], sorted_.queries[:entries]) and torch.equal(counted.slots[:entries], sorted_.slots[:entries])
+    without = invert_where(torch.where(selection == selection.max(), selection.max() + 1, selection), plan, config, total, 7)
+    assert int(without.ends[-1]) == entries - int((selection == selection.max()).sum())
 
 
 def test_more_lists_than_int16_counts():
