@@ -43,6 +43,13 @@ def keys_of(KeyEnds, sequence):
 
 
 @gluon.jit
+def anew(rows, place):
+    """rows, in such a way that the compiler does not compute addresses from them once for all tiles and spill them: what is spilled
+    around the loops over keys comes back from L2 (shared memory leaves no L1), a few hundred cycles each."""
+    return rows + gl.minimum(place[4], 0)  # a number of queries: never negative, which only we know
+
+
+@gluon.jit
 def fill_pair(descs, buffers, ready, empty, number, row, columns):
     """Starts the copies of a tile of keys and its values, the `number`-th of their ring, once both warp groups have left the place."""
     k_desc, v_desc = descs
@@ -139,7 +146,7 @@ def gather_dq(
     begin, all_begin, all_end, end = key_range(first, last, num_keys, STRIDE, OFFSET, WINDOW)
     count = gl.maximum(gl.cdiv(end - begin, KEYS), 1)
     key_row, places = first_key + begin, (head * strides[0], head * strides[1])
-    shift, delta = statistics(band, place, rows, GROUP, 128 // GROUP)
+    shift, delta = statistics(band, place, anew(rows, place), GROUP, 128 // GROUP)
     positions, bounds = first + rows // GROUP, (all_begin, all_end)
 
     slot, scores = start_scores(query_rows, buffers, rings, done, begin, num_keys, clearings, zeros, WARP_GROUP, WIDE)
@@ -212,7 +219,6 @@ def dq_rows(
     gl.thread_barrier()
     turns = (0, 0)
     for index in range(gl.program_id(0), num_units, step):
-        next_place = tile_of(gl.minimum(index + step, num_units - 1), num_heads, tables, QUERIES)
         acc = gl.zeros([64, DIM], gl.float32, layout=mma_o)
         # as operands from registers: otherwise shared memory would be as busy as the tensor cores
         operands = (tiles[0].load(row_layout), tiles[1].load(row_layout))
@@ -229,10 +235,12 @@ def dq_rows(
                 acc, second_band, operands, buffers, rings, turns, place, rows, columns, zeros, score_scale,
                 WARP_GROUP, GROUP, 1, 0, SECOND, mma_o, wide,
             )  # fmt: skip
+        next_place = tile_of(gl.minimum(index + step, num_units - 1), num_heads, tables, QUERIES)
         more = index + step < num_units
-        next_valid = ((next_place[2] + wide_rows // GROUP < next_place[4]) & (wide_rows < QUERIES * GROUP) & more)[:, None]
-        next_q = load_rows(Q, next_place, stride_q, stride_qh, wide_rows, dims, next_valid, GROUP)
-        next_d_out = load_rows(DOut, next_place, stride_do, stride_doh, wide_rows, dims, next_valid, GROUP)
+        here = anew(wide_rows, place)
+        next_valid = ((next_place[2] + here // GROUP < next_place[4]) & (here < QUERIES * GROUP) & more)[:, None]
+        next_q = load_rows(Q, next_place, stride_q, stride_qh, here, dims, next_valid, GROUP)
+        next_d_out = load_rows(DOut, next_place, stride_do, stride_doh, here, dims, next_valid, GROUP)
         if WARP_GROUP == 0:  # noqa: SIM102 (one is known when compiled, the other is not)
             if more:
                 fill_first_pairs(first_band, buffers, rings, turns[0], next_place, STRIDE, OFFSET, WINDOW)
@@ -240,12 +248,12 @@ def dq_rows(
         mbarrier.arrive(empty.index(slot), count=1)
 
         head, _sequence, start, row, num_queries, _first, _last = place
-        valid = ((start + wide_rows // GROUP < num_queries) & (wide_rows < QUERIES * GROUP))[:, None]
+        valid = ((start + here // GROUP < num_queries) & (here < QUERIES * GROUP))[:, None]
         result = gl.convert_layout(acc * scale, wide)
         if ACCUMULATE:
-            at = row_pointers(Before + head * GROUP * stride_bh, row, stride_b, stride_bh, wide_rows, GROUP)
+            at = row_pointers(Before + head * GROUP * stride_bh, row, stride_b, stride_bh, here, GROUP)
             result += gl.load(at[:, None] + dims, mask=valid, other=0.0)
-        at = row_pointers(DQ + head * GROUP * stride_dqh, row, stride_dq, stride_dqh, wide_rows, GROUP)
+        at = row_pointers(DQ + head * GROUP * stride_dqh, row, stride_dq, stride_dqh, here, GROUP)
         gl.store(at[:, None] + dims, result.to(DQ.dtype.element_ty), mask=valid)
         gl.thread_barrier()
         tiles[0].store(next_q)
