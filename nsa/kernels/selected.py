@@ -27,6 +27,8 @@ from nsa.kernels.selected_keys import selected_dkdv
 from nsa.kernels.tiles import KernelPlan, Tile
 from nsa.kernels.unions import MAX_QUERIES, unite_choices
 
+ROWS_ON_HOPPER = 128
+"""Rows of a tile of selected_dq_hopper.py."""
 NO_LIMIT = 2**31 - 1
 """What a total of union sizes never exceeds: the kernels here run whatever was chosen."""
 
@@ -51,6 +53,17 @@ def takes_hopper(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, size: int) -
     from nsa.kernels import selected_hopper
 
     return selected_hopper.takes(q, k, v, size)
+
+
+def dq_takes_hopper(
+    d_out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dq: torch.Tensor, before: torch.Tensor | None, size: int
+) -> bool:  # fmt: skip
+    """Whether dq comes from selected_dq_hopper.py, which is imported only where it can run."""
+    if not runs_hopper_kernels(q.device):
+        return False
+    from nsa.kernels import selected_dq_hopper
+
+    return selected_dq_hopper.takes(d_out, q, k, v, size) and all(selected_dq_hopper.takes_sum(x, q) for x in (dq, before) if x is not None)
 
 
 @triton.jit
@@ -273,17 +286,24 @@ def selected_backward(
     dims = padded(key_dim) + padded(value_dim)
     shape = query_tile(dims, group, size, q.dtype, backward=True)
     index = invert_selection(selection, plan, config)
-    unions = unite_choices(selection, tile_queries(shape.rows, group), plan, config)
+    hopper = dq_takes_hopper(d_out, q, k, v, dq, dq_before, size)
+    unions = unite_choices(selection, tile_queries(ROWS_ON_HOPPER if hopper else shape.rows, group), plan, config)
     both = not deterministic and may_gather(group, plan, config, padded(size) * dims * q.element_size(), q.dtype)
+    limit = most_shared(unions, config) if both else NO_LIMIT
     given, before = (d_out, q, k, v), dq if dq_before is None else dq_before
-    launch(
-        selected_dq_kernel, (unions.tiles.shape[0], num_kv_heads),
-        *given, unions.blocks, unions.bits, unions.counts, unions.total, lse, delta_b, gate, dq, before, unions.tiles, plan.query_ends,
-        plan.key_ends, *(step for x in given for step in x.stride()[:2]), *delta_b.stride(), *gate.stride(), *dq.stride()[:2],
-        *before.stride()[:2], unions.blocks.shape[1], most_shared(unions, config) if both else NO_LIMIT, scale, scale * LOG2_E, GROUP=group,
-        **widths(key_dim, value_dim), ROWS=shape.rows, KEYS=shape.keys, SELECT=size, QUERIES=unions.queries, BEFORE=dq_before is not None,
-        PRECISION=dot_precision(), num_warps=shape.num_warps, num_stages=shape.num_stages,
-    )  # fmt: skip
+    if hopper:
+        from nsa.kernels import selected_dq_hopper
+
+        selected_dq_hopper.dq(*given, lse, delta_b, gate, dq, dq_before, unions, plan, limit=limit, scale=scale)
+    else:
+        launch(
+            selected_dq_kernel, (unions.tiles.shape[0], num_kv_heads),
+            *given, unions.blocks, unions.bits, unions.counts, unions.total, lse, delta_b, gate, dq, before, unions.tiles, plan.query_ends,
+            plan.key_ends, *(step for x in given for step in x.stride()[:2]), *delta_b.stride(), *gate.stride(), *dq.stride()[:2],
+            *before.stride()[:2], unions.blocks.shape[1], limit, scale, scale * LOG2_E, GROUP=group,
+            **widths(key_dim, value_dim), ROWS=shape.rows, KEYS=shape.keys, SELECT=size, QUERIES=unions.queries, BEFORE=dq_before is not None,
+            PRECISION=dot_precision(), num_warps=shape.num_warps, num_stages=shape.num_stages,
+        )  # fmt: skip
     if both:
         gathered_dq(*given, selection, lse, delta_b, gate, unions, index, plan, config, scale=scale, dq=dq, dq_before=dq_before)
     return selected_dkdv(*given, lse, delta_b, gate, index, plan, config, scale=scale)
