@@ -73,7 +73,7 @@ def await_rows(buffers, rings, number, query, num_queries, WARP_GROUP: gl.conste
 
 
 @gluon.jit
-def unit_of(tables, num_heads, STRIDE: gl.constexpr, OFFSET: gl.constexpr, WINDOW: gl.constexpr, SPLIT: gl.constexpr):
+def key_tile_of(tables, num_heads, STRIDE: gl.constexpr, OFFSET: gl.constexpr, WINDOW: gl.constexpr, SPLIT: gl.constexpr):
     """The program's work: KV head, first key of the tile and chunk; the sequence's first query and key, numbers of queries and keys, and
     tokens before its queries; the first of the chunk's queries that see a key of the tile, and their end."""
     Units, QueryEnds, TokenEnds, KeyEnds = tables
@@ -88,7 +88,7 @@ def unit_of(tables, num_heads, STRIDE: gl.constexpr, OFFSET: gl.constexpr, WINDO
 
 
 @gluon.jit
-def bring(common, GROUP: gl.constexpr, STRIDE: gl.constexpr, OFFSET: gl.constexpr, WINDOW: gl.constexpr, SPLIT: gl.constexpr):
+def bring_rows(common, GROUP: gl.constexpr, STRIDE: gl.constexpr, OFFSET: gl.constexpr, WINDOW: gl.constexpr, SPLIT: gl.constexpr):
     """Starts the copies of the tiles of q and dO that pass by, each once both warp groups have left its place."""
     descs, _key_buffers, buffers, _stats, rings, _tensors, tables, _strides, _score_scale, _scale, num_heads = common
     q_desc, do_desc = descs
@@ -96,7 +96,7 @@ def bring(common, GROUP: gl.constexpr, STRIDE: gl.constexpr, OFFSET: gl.constexp
     q_ready, do_ready, empty, _cleared = rings
     stages: gl.constexpr = queries.type.shape[0]
     QUERIES: gl.constexpr = 64 // GROUP
-    head, _start, _chunk, first_query, _first_key, _num_queries, _num_keys, _ahead, begin, end = unit_of(
+    head, _start, _chunk, first_query, _first_key, _num_queries, _num_keys, _ahead, begin, end = key_tile_of(
         tables, num_heads, STRIDE, OFFSET, WINDOW, SPLIT
     )  # fmt: skip
     for number in range(gl.cdiv(gl.maximum(end - begin, 0), QUERIES)):
@@ -151,7 +151,7 @@ def dkdv_keys(
     wide: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [4, 1], [1, 0])
     line: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     column_layout: gl.constexpr = gl.SliceLayout(0, mma_s)
-    head, start, chunk, first_query, first_key, num_queries, num_keys, ahead, begin, end = unit_of(
+    head, start, chunk, first_query, first_key, num_queries, num_keys, ahead, begin, end = key_tile_of(
         tables, num_heads, STRIDE, OFFSET, WINDOW, SPLIT
     )  # fmt: skip
     last = gl.minimum(start + 128, num_keys) - 1
@@ -263,7 +263,7 @@ def dkdv_kernel(
         [
             (dkdv_keys, (common, 0, GROUP, STRIDE, OFFSET, WINDOW, SPLIT)),
             (dkdv_keys, (common, 1, GROUP, STRIDE, OFFSET, WINDOW, SPLIT)),
-            (bring, (common, GROUP, STRIDE, OFFSET, WINDOW, SPLIT)),
+            (bring_rows, (common, GROUP, STRIDE, OFFSET, WINDOW, SPLIT)),
         ],
         [4, 1],
         [240, 24],

@@ -105,7 +105,7 @@ def bring_band(band, buffers, rings, done, place, STRIDE: gl.constexpr, OFFSET: 
 
 
 @gluon.jit
-def bring(common, GROUP: gl.constexpr, STRIDE: gl.constexpr, OFFSET: gl.constexpr, WINDOW: gl.constexpr, SECOND: gl.constexpr):
+def bring_keys(common, GROUP: gl.constexpr, STRIDE: gl.constexpr, OFFSET: gl.constexpr, WINDOW: gl.constexpr, SECOND: gl.constexpr):
     """Brings the tiles of K and V that the program's warp groups take, in their order."""
     first_band, second_band, buffers, _query_buffers, rings, _tensors, tables, _strides, _score_scale, _scale, num_tiles, num_heads = common
     done = 0
@@ -299,7 +299,7 @@ def dq_kernel(
         [
             (dq_rows, (common, 0, GROUP, STRIDE, OFFSET, WINDOW, SECOND, ACCUMULATE)),
             (dq_rows, (common, 1, GROUP, STRIDE, OFFSET, WINDOW, SECOND, ACCUMULATE)),
-            (bring, (common, GROUP, STRIDE, OFFSET, WINDOW, SECOND)),
+            (bring_keys, (common, GROUP, STRIDE, OFFSET, WINDOW, SECOND)),
         ],
         [4, 1],
         [240, 24],

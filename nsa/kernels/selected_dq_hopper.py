@@ -217,7 +217,7 @@ def dq_rows(common, WARP_GROUP: gl.constexpr, GROUP: gl.constexpr, QUERIES: gl.c
 
 
 @gluon.jit
-def bring(common):
+def bring_blocks(common):
     descs, buffers, rings, row_tiles, tensors, row_tensors, lists, tables, strides, row_strides, _score_scale, scale, sizes = common
     ready, empty = rings
     num_tiles, num_heads, capacity = sizes
@@ -257,7 +257,7 @@ def dq_kernel(
         score_scale, scale, (num_tiles, num_heads, capacity),
     )  # fmt: skip
     gl.warp_specialize(
-        [(dq_rows, (common, 0, GROUP, QUERIES, BEFORE)), (dq_rows, (common, 1, GROUP, QUERIES, BEFORE)), (bring, (common,))],
+        [(dq_rows, (common, 0, GROUP, QUERIES, BEFORE)), (dq_rows, (common, 1, GROUP, QUERIES, BEFORE)), (bring_blocks, (common,))],
         [4, 1],
         [240, 24],
     )
