@@ -18,7 +18,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from nsa.kernels import selected_rows_hopper
 from nsa.kernels.banded_hopper import copied_in_bulk, shared_layout
 from nsa.kernels.launch import LOG2_E, ceil_div, launch
 
@@ -255,9 +254,6 @@ def dkdv(
     """Launches the kernel: `tables` are its tensors from dk to key_ends; lse, delta and gate are `[T, Hq]`."""
     group = q.shape[1] // k.shape[1]
     stats = row_stats(lse, delta, gate, scale)
-    if selected_rows_hopper.takes(q, d_out, group):
-        selected_rows_hopper.dkdv(grid, d_out, q, k, v, stats, tables, num_segments, scale=scale)
-        return
     bulk = group >= MIN_BULK_GROUP and group & (group - 1) == 0 and copied_in_bulk(q) and copied_in_bulk(d_out)
     descs = (query_descriptor(q, group), query_descriptor(d_out, group)) if bulk else (q, d_out)
     strides = (*d_out.stride()[:2], *q.stride()[:2], *k.stride()[:2], *v.stride()[:2])
