@@ -1,7 +1,7 @@
 """The Hopper kernel of dk and dv over a band of keys, in Gluon (see banded_hopper.py for how these are built).
 
-64 keys a warp group stay in place, tiles of 64 rows of q and dO pass by; the weights go from one product to the next in registers.
-The scores are computed again, those of a tile while the tensor cores still add up the tile before.
+64 keys a warp group stay in place, tiles of 64 rows of q and dO pass by, brought by a warp of its own; the weights go from one
+product to the next in registers. The scores are computed again, those of a tile while the tensor cores still add up the tile before.
 """
 
 import torch

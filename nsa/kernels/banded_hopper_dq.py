@@ -1,7 +1,7 @@
 """The Hopper kernel of dq over one band of keys or over both, in Gluon (see banded_hopper.py for how these are built).
 
-64 rows of queries a warp group, tiles of keys pass by; the scores are computed again. Both bands' parts are added up in the same
-registers: q and dO are read once, dq is written once.
+64 rows of queries a warp group, tiles of keys pass by, brought by a warp of its own; the scores are computed again. Both bands' parts
+are added up in the same registers: q and dO are read once, dq is written once.
 """
 
 import torch
@@ -146,7 +146,7 @@ def gather_dq(
 ):  # fmt: skip
     """acc with a band's part of dq added: the last product on its way, the place of its keys, and the new numbers of tiles and clearings."""
     descs, KeyEnds, _tensors, _strides = band
-    ready, empty, _cleared = rings
+    _ready, empty, _cleared = rings
     query_rows, d_out_rows = operands
     keys, values = buffers
     done, clearings = turns

@@ -2,10 +2,10 @@
 
 Two warp groups take 64 rows (queries × heads of a KV head) each through the blocks that any of the tile's queries chose. They
 share the blocks in shared memory, so that one brought from L2 serves 128 rows, and let those pass that none of their own
-queries chose. q and dO are operands from registers; those of the next tile are copied into shared memory meanwhile. While one
-warp group computes exponents the other keeps the tensor cores busy; each has the next block's scores and dP on their way.
-A block that a row's query did not choose gets weights of exactly 0 and changes nothing in the row.
-Written for Triton 3.6's Gluon, with the parts of banded_hopper.py and banded_hopper_dq.py.
+queries chose. A warp of its own brings them, so that neither waits for the other to make room. q and dO are operands from
+registers; those of the next tile are copied into shared memory meanwhile. While one warp group computes exponents the other
+keeps the tensor cores busy; each has the next block's scores and dP on their way. A block that a row's query did not choose gets
+weights of exactly 0 and changes nothing in the row. Written for Triton 3.6's Gluon, with the parts of banded_hopper.py and banded_hopper_dq.py.
 """
 
 import torch
@@ -38,17 +38,6 @@ def unit_of(index, num_tiles, num_heads, tables, capacity):
     num_queries, num_keys = gl.load(QueryEnds + sequence + 1) - first_query, gl.load(KeyEnds + sequence + 1) - first_key
     row, position = (first_query + start).to(gl.int64), num_keys - num_queries + start
     return head, start, row, first_key, num_queries, num_keys, position, item.to(gl.int64) * capacity, gl.load(Counts + item)
-
-
-@gluon.jit
-def fill_blocks(descs, buffers, rings, Blocks, place, strides, done, first, last):
-    """Starts the copies of blocks first … last - 1 of a place's list, after `done` of other lists; at most STAGES - 1."""
-    ready, empty = rings
-    head, _start, _row, first_key, _num_queries, _num_keys, _position, list_at, _count = place
-    for i in gl.static_range(buffers[0].type.shape[0] - 1):
-        if first + i < last:
-            row = first_key + gl.load(Blocks + list_at + first + i) * 64
-            fill_pair(descs, buffers, ready, empty, done + first + i, row, (head * strides[0], head * strides[1]))
 
 
 @gluon.jit
@@ -105,7 +94,7 @@ def gather_dq(
     WARP_GROUP: gl.constexpr, GROUP: gl.constexpr, QUERIES: gl.constexpr, OUTPUT: gl.constexpr, WIDE: gl.constexpr,
 ):  # fmt: skip
     """acc with the parts of a place's blocks added: the last product on its way, and the place of its keys."""
-    descs, buffers, rings, _row_tiles, _tensors, _row_tensors, lists, _tables, strides, _row_strides, score_scale, _scale, _sizes = common
+    descs, buffers, rings, _row_tiles, _tensors, _row_tensors, lists, _tables, _strides, _row_strides, score_scale, _scale, _sizes = common
     keys, values = buffers
     ready, empty = rings
     Blocks, Bits = lists
@@ -130,7 +119,7 @@ def gather_dq(
     while now < count - 1:
         coming = now + 1
         next_bits = gl.load(Bits + list_at + coming)
-        for _ in gl.static_range(STAGES - 2):
+        for _ in gl.static_range(STAGES - 2):  # further ahead a block could come only into the place of the one at hand
             if (coming < count - 1) & (((next_bits >> FIRST) & MINE) == 0):
                 passing = await_tile(ready, done + coming)
                 mbarrier.arrive(empty.index(passing), count=1)
@@ -158,8 +147,8 @@ def gather_dq(
 @gluon.jit
 def dq_rows(common, WARP_GROUP: gl.constexpr, GROUP: gl.constexpr, QUERIES: gl.constexpr, BEFORE: gl.constexpr):
     """Rows 64·WARP_GROUP … of each of the program's tiles."""
-    descs, buffers, rings, row_tiles, tensors, row_tensors, lists, tables, strides, row_strides, _score_scale, scale, sizes = common
-    _ready, empty = rings
+    _descs, buffers, rings, row_tiles, tensors, row_tensors, _lists, tables, _strides, row_strides, _score_scale, scale, sizes = common
+    empty = rings[1]
     Q, DOut, DQ, Before = tensors
     stride_q, stride_qh, stride_do, stride_doh, stride_dq, stride_dqh, stride_b, stride_bh = row_strides[0]
     num_tiles, num_heads, capacity = sizes
@@ -218,7 +207,8 @@ def dq_rows(common, WARP_GROUP: gl.constexpr, GROUP: gl.constexpr, QUERIES: gl.c
 
 @gluon.jit
 def bring_blocks(common):
-    descs, buffers, rings, row_tiles, tensors, row_tensors, lists, tables, strides, row_strides, _score_scale, scale, sizes = common
+    """Starts the copies of every block of the program's tiles, in order, each once both warp groups have left its place."""
+    descs, buffers, rings, _row_tiles, _tensors, _row_tensors, lists, tables, strides, _row_strides, _score_scale, _scale, sizes = common
     ready, empty = rings
     num_tiles, num_heads, capacity = sizes
     done = 0
@@ -292,7 +282,9 @@ def dq(
     d_out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lse: torch.Tensor, delta: torch.Tensor, gate: torch.Tensor,
     target: torch.Tensor, before: torch.Tensor | None, unions: BlockUnions, plan: KernelPlan, *, limit: int, scale: float,
 ) -> None:  # fmt: skip
-    """The part of `selected.selected_backward` that writes dq, unless the unions' total is above `limit`; unions: over tiles of ROWS // group queries, at most MAX_QUERIES."""
+    """The part of `selected.selected_backward` that writes dq (target), unless the unions' total is above `limit`.
+
+    unions: over tiles of ROWS // group queries, at most MAX_QUERIES."""
     num_tiles, num_heads, added = unions.tiles.shape[0], k.shape[1], target if before is None else before
     launch(
         dq_kernel, (min(num_tiles * num_heads, num_processors(q.device)),),
