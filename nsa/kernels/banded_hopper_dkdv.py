@@ -1,7 +1,7 @@
 """The Hopper kernel of dk and dv over a band of keys, in Gluon (see banded_hopper.py for how these are built).
 
-64 keys a warp group stay in place, tiles of 64 rows of q and dO pass by; the weights go from one product to the next in registers.
-The scores are computed again, those of a tile while the tensor cores still add up the tile before.
+64 keys a warp group stay in place, tiles of 64 rows of q and dO pass by, brought by a warp of its own; the weights go from one
+product to the next in registers. The scores are computed again, those of a tile while the tensor cores still add up the tile before.
 """
 
 import torch
@@ -16,6 +16,8 @@ from nsa.kernels.launch import LOG2_E, launch
 
 KEYS = 128
 """Keys of a tile, half of them in each warp group."""
+STAGES = 4
+"""Tiles of q and dO in shared memory."""
 
 
 @gluon.jit
@@ -71,27 +73,42 @@ def await_rows(buffers, rings, number, query, num_queries, WARP_GROUP: gl.conste
 
 
 @gluon.jit
-def fill_tile(descs, buffers, rings, number, count, row, group, GROUP: gl.constexpr):
-    """Starts the copies of the `number`-th tile of q and dO, if there are so many, once both warp groups have left the place."""
+def key_tile_of(tables, num_heads, STRIDE: gl.constexpr, OFFSET: gl.constexpr, WINDOW: gl.constexpr, SPLIT: gl.constexpr):
+    """The program's work: KV head, first key of the tile and chunk; the sequence's first query and key, numbers of queries and keys, and
+    tokens before its queries; the first of the chunk's queries that see a key of the tile, and their end."""
+    Units, QueryEnds, TokenEnds, KeyEnds = tables
+    unit, head = gl.program_id(0) // num_heads, gl.program_id(0) % num_heads
+    sequence, start, chunk = gl.load(Units + 3 * unit), gl.load(Units + 3 * unit + 1), gl.load(Units + 3 * unit + 2)
+    first_query, first_key = gl.load(QueryEnds + sequence), gl.load(KeyEnds + sequence)
+    num_queries, num_keys = gl.load(QueryEnds + sequence + 1) - first_query, gl.load(KeyEnds + sequence + 1) - first_key
+    ahead = gl.load(TokenEnds + sequence + 1) - gl.load(TokenEnds + sequence) - num_queries
+    last = gl.minimum(start + 128, num_keys) - 1
+    begin, _, _, end = query_range(start, last, ahead, num_queries, chunk, STRIDE, OFFSET, WINDOW, SPLIT)
+    return head, start, chunk, first_query, first_key, num_queries, num_keys, ahead, begin, end
+
+
+@gluon.jit
+def bring_rows(common, GROUP: gl.constexpr, STRIDE: gl.constexpr, OFFSET: gl.constexpr, WINDOW: gl.constexpr, SPLIT: gl.constexpr):
+    """Starts the copies of the tiles of q and dO that pass by, each once both warp groups have left its place."""
+    descs, _key_buffers, buffers, _stats, rings, _tensors, tables, _strides, _score_scale, _scale, num_heads = common
     q_desc, do_desc = descs
     queries, d_outs = buffers
     q_ready, do_ready, empty, _cleared = rings
     stages: gl.constexpr = queries.type.shape[0]
-    if number < count:
+    QUERIES: gl.constexpr = 64 // GROUP
+    head, _start, _chunk, first_query, _first_key, _num_queries, _num_keys, _ahead, begin, end = key_tile_of(
+        tables, num_heads, STRIDE, OFFSET, WINDOW, SPLIT
+    )  # fmt: skip
+    for number in range(gl.cdiv(gl.maximum(end - begin, 0), QUERIES)):
         mbarrier.wait(empty.index(number % stages), (number // stages & 1) ^ 1)
-        fill_rows(q_desc, queries, q_ready, number, row + number * (64 // GROUP), group)
-        fill_rows(do_desc, d_outs, do_ready, number, row + number * (64 // GROUP), group)
+        fill_rows(q_desc, queries, q_ready, number, first_query + begin + number * QUERIES, head * GROUP)
+        fill_rows(do_desc, d_outs, do_ready, number, first_query + begin + number * QUERIES, head * GROUP)
 
 
 @gluon.jit
-def pass_tiles(
-    descs, buffers, rings, first, last, count, begin, row, group, num_queries, WARP_GROUP: gl.constexpr, GROUP: gl.constexpr, LAYOUT: gl.constexpr
-):  # fmt: skip
+def pass_tiles(buffers, rings, first, last, begin, num_queries, WARP_GROUP: gl.constexpr, GROUP: gl.constexpr, LAYOUT: gl.constexpr):
     """Lets tiles first … last - 1 by, which see none of the warp group's keys."""
-    stages: gl.constexpr = buffers[0].type.shape[0]
     for number in range(first, last):
-        if WARP_GROUP == 0:
-            fill_tile(descs, buffers, rings, number + stages - 1, count, row, group, GROUP)
         slot = await_rows(buffers, rings, number, begin + number * (64 // GROUP), num_queries, WARP_GROUP, GROUP, LAYOUT)
         mbarrier.arrive(rings[2].index(slot), count=1)
 
@@ -121,7 +138,6 @@ def dkdv_keys(
     queries, d_outs = buffers
     empty = rings[2]
     K, V, Stats, DKey, DValue = tensors
-    Units, QueryEnds, TokenEnds, KeyEnds = tables
     (
         stride_k, stride_kh, stride_v, stride_vh, stride_sh, stats_size, stride_dk, stride_dkh, stride_dkc, stride_dv, stride_dvh, stride_dvc,
     ) = strides  # fmt: skip
@@ -135,24 +151,18 @@ def dkdv_keys(
     wide: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [4, 1], [1, 0])
     line: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     column_layout: gl.constexpr = gl.SliceLayout(0, mma_s)
-    unit, head = gl.program_id(0) // num_heads, gl.program_id(0) % num_heads
-    sequence, start, chunk = gl.load(Units + 3 * unit), gl.load(Units + 3 * unit + 1), gl.load(Units + 3 * unit + 2)
-    first_query, first_key = gl.load(QueryEnds + sequence), gl.load(KeyEnds + sequence)
-    num_queries, num_keys = gl.load(QueryEnds + sequence + 1) - first_query, gl.load(KeyEnds + sequence + 1) - first_key
-    ahead = gl.load(TokenEnds + sequence + 1) - gl.load(TokenEnds + sequence) - num_queries
+    head, start, chunk, first_query, first_key, num_queries, num_keys, ahead, begin, end = key_tile_of(
+        tables, num_heads, STRIDE, OFFSET, WINDOW, SPLIT
+    )  # fmt: skip
     last = gl.minimum(start + 128, num_keys) - 1
-    begin, _, _, end = query_range(start, last, ahead, num_queries, chunk, STRIDE, OFFSET, WINDOW, SPLIT)
     count = gl.cdiv(gl.maximum(end - begin, 0), QUERIES)
-    packed, group = first_query + begin, head * GROUP
+    packed = first_query + begin
     first = start + WARP_GROUP * 64
     own_begin, all_begin, all_end, own_end = query_range(
         first, gl.minimum(last, first + 63), ahead, num_queries, chunk, STRIDE, OFFSET, WINDOW, SPLIT
     )  # fmt: skip
     own_first = gl.minimum(gl.maximum(own_begin - begin, 0) // QUERIES, count)
     own_last = gl.maximum(gl.minimum(gl.cdiv(gl.maximum(own_end - begin, 0), QUERIES), count), own_first)
-    if WARP_GROUP == 0:
-        for i in gl.static_range(STAGES - 1):
-            fill_tile(descs, buffers, rings, i, count, packed, group, GROUP)
     source, last_row = Stats + head.to(gl.int64) * stride_sh, gl.maximum((first_query + num_queries) * GROUP - 1, 0)
     copy_stats(stats.index(2 * WARP_GROUP + own_first % 2), source, (packed + own_first * QUERIES) * GROUP, last_row, stats_size, line)
     wide_keys = start + WARP_GROUP * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, wide))
@@ -171,15 +181,13 @@ def dkdv_keys(
     ends = ((start + WARP_GROUP * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, mma_s))) * STRIDE + OFFSET - ahead)[:, None]
     columns = gl.arange(0, 64, layout=column_layout) // GROUP
     bounds = (all_begin, all_end, end)
-    pass_tiles(descs, buffers, rings, 0, own_first, count, begin, packed, group, num_queries, WARP_GROUP, GROUP, wide)
+    pass_tiles(buffers, rings, 0, own_first, begin, num_queries, WARP_GROUP, GROUP, wide)
     if own_first < own_last:
         slot = await_rows(buffers, rings, own_first, begin + own_first * QUERIES, num_queries, WARP_GROUP, GROUP, wide)
         scores = warpgroup_mma(key_tile, queries.index(slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
         d_p = warpgroup_mma(value_tile, d_outs.index(slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
         scores = warpgroup_mma_wait(1, deps=[scores])
         for turn in range(own_first + 1, own_last):
-            if WARP_GROUP == 0:
-                fill_tile(descs, buffers, rings, turn + STAGES - 2, count, packed, group, GROUP)
             before = (turn - 1) % STAGES
             copy_stats(stats.index(2 * WARP_GROUP + turn % 2), source, (packed + turn * QUERIES) * GROUP, last_row, stats_size, line)
             async_copy.wait_group(1)
@@ -200,8 +208,6 @@ def dkdv_keys(
             d_p = warpgroup_mma(value_tile, d_outs.index(slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
             scores, d_key = warpgroup_mma_wait(1, deps=[coming, adding_k])
             mbarrier.arrive(empty.index(before), count=1)
-        if WARP_GROUP == 0:
-            fill_tile(descs, buffers, rings, own_last + STAGES - 2, count, packed, group, GROUP)
         async_copy.wait_group(0)
         gl.thread_barrier()
         slot, here = (own_last - 1) % STAGES, stats.index(2 * WARP_GROUP + (own_last - 1) % 2)
@@ -217,7 +223,7 @@ def dkdv_keys(
         mbarrier.arrive(empty.index(slot), count=1)
     else:
         async_copy.wait_group(0)
-    pass_tiles(descs, buffers, rings, own_last, count, count, begin, packed, group, num_queries, WARP_GROUP, GROUP, wide)
+    pass_tiles(buffers, rings, own_last, count, begin, num_queries, WARP_GROUP, GROUP, wide)
 
     result = gl.convert_layout(d_key * scale, wide)
     at = DKey + chunk.to(gl.int64) * stride_dkc + packed_keys * stride_dk + head * stride_dkh + dims
@@ -257,9 +263,10 @@ def dkdv_kernel(
         [
             (dkdv_keys, (common, 0, GROUP, STRIDE, OFFSET, WINDOW, SPLIT)),
             (dkdv_keys, (common, 1, GROUP, STRIDE, OFFSET, WINDOW, SPLIT)),
+            (bring_rows, (common, GROUP, STRIDE, OFFSET, WINDOW, SPLIT)),
         ],
-        [4],
-        [240],
+        [4, 1],
+        [240, 24],
     )
 
 
@@ -292,5 +299,5 @@ def dkdv(
     launch(
         dkdv_kernel, (tables[0].shape[0] * num_heads,),
         row_descriptor(q, group), row_descriptor(d_out, group), (k, v, stats, *parts), tables, strides, scale * LOG2_E, scale, num_heads,
-        GROUP=group, **geometry, STAGES=3, SPLIT=split, num_warps=4,
+        GROUP=group, **geometry, STAGES=STAGES, SPLIT=split, num_warps=4,
     )  # fmt: skip

@@ -1,7 +1,7 @@
 """The Hopper kernel of dq over one band of keys or over both, in Gluon (see banded_hopper.py for how these are built).
 
-64 rows of queries a warp group, tiles of keys pass by; the scores are computed again. Both bands' parts are added up in the same
-registers: q and dO are read once, dq is written once.
+64 rows of queries a warp group, tiles of keys pass by, brought by a warp of its own; the scores are computed again. Both bands' parts
+are added up in the same registers: q and dO are read once, dq is written once.
 """
 
 import torch
@@ -20,6 +20,9 @@ from nsa.kernels.banded_hopper import (
     visible,
 )
 from nsa.kernels.launch import LOG2_E, launch
+
+STAGES = 4
+"""Tiles of K and V in shared memory."""
 
 
 @gluon.jit
@@ -40,6 +43,13 @@ def keys_of(KeyEnds, sequence):
     """A sequence's first key in a band and how many it has."""
     first_key = gl.load(KeyEnds + sequence)
     return first_key, gl.load(KeyEnds + sequence + 1) - first_key
+
+
+@gluon.jit
+def anew(rows, place):
+    """rows, in such a way that the compiler does not compute addresses from them once for all tiles and spill them: what is spilled
+    around the loops over keys comes back from L2 (shared memory leaves no L1), a few hundred cycles each."""
+    return rows + gl.minimum(place[4], 0)  # a number of queries: never negative, which only we know
 
 
 @gluon.jit
@@ -80,20 +90,30 @@ def row_weights(scores, shift, scale, key, bounds, keys, positions, STRIDE: gl.c
 
 
 @gluon.jit
-def fill_first_pairs(band, buffers, rings, done, place, STRIDE: gl.constexpr, OFFSET: gl.constexpr, WINDOW: gl.constexpr):
-    """Starts the copies of the first tiles of a band's K and V for the queries at a place, after `done` others."""
+def bring_band(band, buffers, rings, done, place, STRIDE: gl.constexpr, OFFSET: gl.constexpr, WINDOW: gl.constexpr):
+    """Starts the copies of a band's K and V for the queries at a place, after `done` other tiles; returns how many tiles have been brought."""
     descs, KeyEnds, _tensors, strides = band
     ready, empty, _cleared = rings
-    keys, _ = buffers
-    stages: gl.constexpr = keys.type.shape[0]
-    width: gl.constexpr = keys.type.shape[1]
+    width: gl.constexpr = buffers[0].type.shape[1]
     head, sequence, _start, _row, _num_queries, first, last = place
     first_key, num_keys = keys_of(KeyEnds, sequence)
     begin, _, _, end = key_range(first, last, num_keys, STRIDE, OFFSET, WINDOW)
     key_row, count = first_key + begin, gl.maximum(gl.cdiv(end - begin, width), 1)
-    for i in gl.static_range(stages - 1):
-        if i < count:
-            fill_pair(descs, buffers, ready, empty, done + i, key_row + i * width, (head * strides[0], head * strides[1]))
+    for i in range(count):
+        fill_pair(descs, buffers, ready, empty, done + i, key_row + i * width, (head * strides[0], head * strides[1]))
+    return done + count
+
+
+@gluon.jit
+def bring_keys(common, GROUP: gl.constexpr, STRIDE: gl.constexpr, OFFSET: gl.constexpr, WINDOW: gl.constexpr, SECOND: gl.constexpr):
+    """Brings the tiles of K and V that the program's warp groups take, in their order."""
+    first_band, second_band, buffers, _query_buffers, rings, _tensors, tables, _strides, _score_scale, _scale, num_tiles, num_heads = common
+    done = 0
+    for index in range(gl.program_id(0), num_tiles * num_heads, gl.num_programs(0)):
+        place = tile_of(index, num_heads, tables, 128 // GROUP)
+        done = bring_band(first_band, buffers, rings, done, place, STRIDE, OFFSET, WINDOW)
+        if SECOND > 0:
+            done = bring_band(second_band, buffers, rings, done, place, 1, 0, SECOND)
 
 
 @gluon.jit
@@ -125,8 +145,8 @@ def gather_dq(
     OUTPUT: gl.constexpr, WIDE: gl.constexpr,
 ):  # fmt: skip
     """acc with a band's part of dq added: the last product on its way, the place of its keys, and the new numbers of tiles and clearings."""
-    descs, KeyEnds, _tensors, strides = band
-    ready, empty, _cleared = rings
+    descs, KeyEnds, _tensors, _strides = band
+    _ready, empty, _cleared = rings
     query_rows, d_out_rows = operands
     keys, values = buffers
     done, clearings = turns
@@ -134,21 +154,17 @@ def gather_dq(
     KEYS: gl.constexpr = keys.type.shape[1]
     DTYPE: gl.constexpr = descs[0].dtype
     weight_layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=OUTPUT, k_width=2)
-    head, sequence, _start, _row, _num_queries, first, last = place
-    first_key, num_keys = keys_of(KeyEnds, sequence)
+    _head, sequence, _start, _row, _num_queries, first, last = place
+    _first_key, num_keys = keys_of(KeyEnds, sequence)
     begin, all_begin, all_end, end = key_range(first, last, num_keys, STRIDE, OFFSET, WINDOW)
     count = gl.maximum(gl.cdiv(end - begin, KEYS), 1)
-    key_row, places = first_key + begin, (head * strides[0], head * strides[1])
-    shift, delta = statistics(band, place, rows, GROUP, 128 // GROUP)
+    shift, delta = statistics(band, place, anew(rows, place), GROUP, 128 // GROUP)
     positions, bounds = first + rows // GROUP, (all_begin, all_end)
 
     slot, scores = start_scores(query_rows, buffers, rings, done, begin, num_keys, clearings, zeros, WARP_GROUP, WIDE)
     d_p = warpgroup_mma(d_out_rows, values.index(slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
     scores = warpgroup_mma_wait(1, deps=[scores])
     for i in range(1, count):
-        if WARP_GROUP == 0:  # noqa: SIM102 (one is known when compiled, the other is not)
-            if i + STAGES - 2 < count:
-                fill_pair(descs, buffers, ready, empty, done + i + STAGES - 2, key_row + (i + STAGES - 2) * KEYS, places)
         p = row_weights(scores, shift, score_scale, begin + (i - 1) * KEYS, bounds, columns, positions, STRIDE, OFFSET, WINDOW)
         d_p = warpgroup_mma_wait(0, deps=[d_p])
         slot, coming = start_scores(query_rows, buffers, rings, done + i, begin + i * KEYS, num_keys, clearings, zeros, WARP_GROUP, WIDE)
@@ -203,8 +219,6 @@ def dq_rows(
     zeros = gl.zeros([64, KEYS], gl.float32, layout=mma_s)
     num_units, step = num_tiles * num_heads, gl.num_programs(0)
     place = tile_of(gl.program_id(0), num_heads, tables, QUERIES)
-    if WARP_GROUP == 0:
-        fill_first_pairs(first_band, buffers, rings, 0, place, STRIDE, OFFSET, WINDOW)
     valid = ((place[2] + wide_rows // GROUP < place[4]) & (wide_rows < QUERIES * GROUP))[:, None]
     tiles[0].store(load_rows(Q, place, stride_q, stride_qh, wide_rows, dims, valid, GROUP))
     tiles[1].store(load_rows(DOut, place, stride_do, stride_doh, wide_rows, dims, valid, GROUP))
@@ -212,7 +226,6 @@ def dq_rows(
     gl.thread_barrier()
     turns = (0, 0)
     for index in range(gl.program_id(0), num_units, step):
-        next_place = tile_of(gl.minimum(index + step, num_units - 1), num_heads, tables, QUERIES)
         acc = gl.zeros([64, DIM], gl.float32, layout=mma_o)
         # as operands from registers: otherwise shared memory would be as busy as the tensor cores
         operands = (tiles[0].load(row_layout), tiles[1].load(row_layout))
@@ -221,31 +234,28 @@ def dq_rows(
             WARP_GROUP, GROUP, STRIDE, OFFSET, WINDOW, mma_o, wide,
         )  # fmt: skip
         if SECOND > 0:
-            if WARP_GROUP == 0:
-                fill_first_pairs(second_band, buffers, rings, turns[0], place, 1, 0, SECOND)
             acc = warpgroup_mma_wait(0, deps=[adding])
             mbarrier.arrive(empty.index(slot), count=1)
             adding, slot, turns = gather_dq(
                 acc, second_band, operands, buffers, rings, turns, place, rows, columns, zeros, score_scale,
                 WARP_GROUP, GROUP, 1, 0, SECOND, mma_o, wide,
             )  # fmt: skip
+        next_place = tile_of(gl.minimum(index + step, num_units - 1), num_heads, tables, QUERIES)
         more = index + step < num_units
-        next_valid = ((next_place[2] + wide_rows // GROUP < next_place[4]) & (wide_rows < QUERIES * GROUP) & more)[:, None]
-        next_q = load_rows(Q, next_place, stride_q, stride_qh, wide_rows, dims, next_valid, GROUP)
-        next_d_out = load_rows(DOut, next_place, stride_do, stride_doh, wide_rows, dims, next_valid, GROUP)
-        if WARP_GROUP == 0:  # noqa: SIM102 (one is known when compiled, the other is not)
-            if more:
-                fill_first_pairs(first_band, buffers, rings, turns[0], next_place, STRIDE, OFFSET, WINDOW)
+        here = anew(wide_rows, place)
+        next_valid = ((next_place[2] + here // GROUP < next_place[4]) & (here < QUERIES * GROUP) & more)[:, None]
+        next_q = load_rows(Q, next_place, stride_q, stride_qh, here, dims, next_valid, GROUP)
+        next_d_out = load_rows(DOut, next_place, stride_do, stride_doh, here, dims, next_valid, GROUP)
         acc = warpgroup_mma_wait(0, deps=[adding])
         mbarrier.arrive(empty.index(slot), count=1)
 
         head, _sequence, start, row, num_queries, _first, _last = place
-        valid = ((start + wide_rows // GROUP < num_queries) & (wide_rows < QUERIES * GROUP))[:, None]
+        valid = ((start + here // GROUP < num_queries) & (here < QUERIES * GROUP))[:, None]
         result = gl.convert_layout(acc * scale, wide)
         if ACCUMULATE:
-            at = row_pointers(Before + head * GROUP * stride_bh, row, stride_b, stride_bh, wide_rows, GROUP)
+            at = row_pointers(Before + head * GROUP * stride_bh, row, stride_b, stride_bh, here, GROUP)
             result += gl.load(at[:, None] + dims, mask=valid, other=0.0)
-        at = row_pointers(DQ + head * GROUP * stride_dqh, row, stride_dq, stride_dqh, wide_rows, GROUP)
+        at = row_pointers(DQ + head * GROUP * stride_dqh, row, stride_dq, stride_dqh, here, GROUP)
         gl.store(at[:, None] + dims, result.to(DQ.dtype.element_ty), mask=valid)
         gl.thread_barrier()
         tiles[0].store(next_q)
@@ -289,9 +299,10 @@ def dq_kernel(
         [
             (dq_rows, (common, 0, GROUP, STRIDE, OFFSET, WINDOW, SECOND, ACCUMULATE)),
             (dq_rows, (common, 1, GROUP, STRIDE, OFFSET, WINDOW, SECOND, ACCUMULATE)),
+            (bring_keys, (common, GROUP, STRIDE, OFFSET, WINDOW, SECOND)),
         ],
-        [4],
-        [240],
+        [4, 1],
+        [240, 24],
     )
 
 
@@ -320,5 +331,5 @@ def dq(
         dq_kernel, (min(num_tiles * num_heads, num_processors(q.device)),),
         *descriptors, (q, d_out, target, added), tables, tuple(key_ends), *tensors,
         (*q.stride()[:2], *d_out.stride()[:2], *target.stride()[:2], *added.stride()[:2]), *strides, scale * LOG2_E, scale, num_tiles, num_heads,
-        GROUP=q.shape[1] // num_heads, **geometry, SECOND=second, STAGES=3, ACCUMULATE=before is not None, num_warps=4,
+        GROUP=q.shape[1] // num_heads, **geometry, SECOND=second, STAGES=STAGES, ACCUMULATE=before is not None, num_warps=4,
     )  # fmt: skip

@@ -380,16 +380,16 @@ def gathered_forward(
 def gathered_dq(
     d_out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, selection: torch.Tensor, lse: torch.Tensor, delta_b: torch.Tensor,
     gate: torch.Tensor, unions: BlockUnions, index: InverseIndex, plan: KernelPlan, config: SparsityConfig, *, scale: float, dq: torch.Tensor,
-    dq_before: torch.Tensor | None,
+    dq_before: torch.Tensor | None, limit: int,
 ) -> None:  # fmt: skip
-    """dq of `selected_backward` block by block where blocks are not shared."""
+    """dq of `selected_backward` block by block where blocks are not shared: where the unions' total is above `limit`."""
     num_heads, key_dim, num_kv_heads, value_dim = q.shape[1], q.shape[2], k.shape[1], v.shape[2]
     group, size, n = num_heads // num_kv_heads, config.select_block_size, config.num_selected_blocks
     shapes = gather_shapes(padded(key_dim) + padded(value_dim), group, q.dtype)
     cuts, device_cuts, most, heads = scratch_ranges(q, plan, n * group * key_dim * q.element_size(), shapes.scratch, num_kv_heads)
     partial = torch.empty(heads * most * n * group, key_dim, dtype=q.dtype, device=q.device)
     strides = (*d_out.stride()[:2], *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *delta_b.stride(), *gate.stride())
-    dims, before, limit = widths(key_dim, value_dim), dq if dq_before is None else dq_before, most_shared(unions, config)
+    dims, before = widths(key_dim, value_dim), dq if dq_before is None else dq_before
     (rows, num_warps, num_stages), (dq_rows, dq_warps, dq_stages) = shapes.block, shapes.add_dq
     part = max(1, shapes.part // group)
     works = list(cut_lists(index, device_cuts, plan, size, part, most * n, init=0, local=-1, backward=False, guard=(unions.total, limit)))

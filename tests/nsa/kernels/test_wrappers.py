@@ -140,6 +140,7 @@ def test_other_lengths_compile_nothing_new() -> None:
         "inverse",
         "scoring",
         "selected",
+        "selected_dq_hopper",
         "selected_hopper",
         "selected_keys",
         "selected_keys_hopper",

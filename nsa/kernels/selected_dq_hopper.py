@@ -1,0 +1,296 @@
+"""Hopper's kernel of the selected branch's dq, in Gluon (selected.py says what it computes and when it is taken).
+
+Two warp groups take 64 rows (queries × heads of a KV head) each through the blocks that any of the tile's queries chose. They
+share the blocks in shared memory, so that one brought from L2 serves 128 rows, and let those pass that none of their own
+queries chose. A warp of its own brings them, so that neither waits for the other to make room. q and dO are operands from
+registers; those of the next tile are copied into shared memory meanwhile. While one warp group computes exponents the other
+keeps the tensor cores busy; each has the next block's scores and dP on their way. A block that a row's query did not choose gets
+weights of exactly 0 and changes nothing in the row. Written for Triton 3.6's Gluon, with the parts of banded_hopper.py and banded_hopper_dq.py.
+"""
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
+
+from nsa.kernels.banded_hopper import await_tile, clear_rows, copied_in_bulk, key_descriptor, num_processors, row_pointers
+from nsa.kernels.banded_hopper_dq import anew, fill_pair
+from nsa.kernels.launch import LOG2_E, launch
+from nsa.kernels.tiles import KernelPlan
+from nsa.kernels.unions import BlockUnions
+
+ROWS = 128
+STAGES = 4
+"""Blocks of K and V in shared memory."""
+MIN_GROUP = 3
+"""Heads of a KV head, so that a tile's queries have room in an int32 of bits and fill both warp groups."""
+
+
+@gluon.jit
+def unit_of(index, num_tiles, num_heads, tables, capacity):
+    """Unit of work `index`: KV head; first query (in its sequence, and packed); first key; numbers of queries and keys;
+    position of the first query; the list of blocks and its length. Head by head, since K and V of one fit into the L2 cache."""
+    Tiles, QueryEnds, KeyEnds, Counts = tables
+    tile, head = index % num_tiles, index // num_tiles
+    item = tile * num_heads + head
+    sequence, start = gl.load(Tiles + 2 * tile), gl.load(Tiles + 2 * tile + 1)
+    first_query, first_key = gl.load(QueryEnds + sequence), gl.load(KeyEnds + sequence)
+    num_queries, num_keys = gl.load(QueryEnds + sequence + 1) - first_query, gl.load(KeyEnds + sequence + 1) - first_key
+    row, position = (first_query + start).to(gl.int64), num_keys - num_queries + start
+    return head, start, row, first_key, num_queries, num_keys, position, item.to(gl.int64) * capacity, gl.load(Counts + item)
+
+
+@gluon.jit
+def copy_rows(tile, Source, place, stride, stride_head, rows, dims, GROUP: gl.constexpr, QUERIES: gl.constexpr):
+    """Starts the copy of a place's rows of q, dO or dq, 16 bytes a thread; rows of no query repeat the last query's."""
+    head, start, row, _first_key, num_queries, _num_keys, _position, _list_at, _count = place
+    query = gl.minimum(gl.minimum(rows // GROUP, QUERIES - 1), num_queries - 1 - start)
+    at = Source + head * GROUP * stride_head + row * stride + query * stride + rows % GROUP * stride_head
+    async_copy.async_copy_global_to_shared(tile, at[:, None] + dims)
+
+
+@gluon.jit
+def statistics(tensors, strides, place, rows, GROUP: gl.constexpr, QUERIES: gl.constexpr):
+    """shift and delta of rows: gate · p = exp2(score · score_scale − shift), dS = that · (dP − delta); an infinite shift where nothing counts."""
+    Gate, Lse, Delta = tensors
+    stride_g, stride_gh, stride_l, stride_lh, stride_d, stride_dh = strides
+    head, start, row, _first_key, num_queries, _num_keys, _position, _list_at, _count = place
+    group = head * GROUP
+    known = (start + rows // GROUP < num_queries) & (rows < QUERIES * GROUP)
+    gate = gl.load(row_pointers(Gate + group * stride_gh, row, stride_g, stride_gh, rows, GROUP), mask=known, other=0.0).to(gl.float32)
+    lse = gl.load(row_pointers(Lse + group * stride_lh, row, stride_l, stride_lh, rows, GROUP), mask=known, other=0.0)
+    delta = gl.load(row_pointers(Delta + group * stride_dh, row, stride_d, stride_dh, rows, GROUP), mask=known, other=0.0)
+    counts = (gate > 0) & (lse > float("-inf"))
+    gate = gl.where(counts, gate, 1.0)
+    return gl.where(counts, lse * 1.4426950408889634 - gl.log2(gate), float("inf")), gl.where(counts, delta / gate, 0.0)
+
+
+@gluon.jit
+def row_weights(scores, shift, scale, block, bits, query, positions, first_position, columns):
+    """gate · softmax weights `[rows, keys]` of a block; 0 in rows whose query did not choose it."""
+    scores = scores * scale - gl.where(((bits >> query) & 1) != 0, shift, float("inf"))[:, None]
+    if block * 64 + 63 > first_position:
+        scores = gl.where((block * 64 + columns)[None, :] <= positions[:, None], scores, float("-inf"))
+    return gl.exp2(scores)
+
+
+@gluon.jit
+def await_block(buffers, ready, number, block, num_keys, LAYOUT: gl.constexpr):
+    """The place of the `number`-th block once it is there; keys that the sequence does not have are cleared (the other warp
+    group may write the same zeros)."""
+    keys, values = buffers
+    slot = await_tile(ready, number)
+    if block * 64 + 64 > num_keys:
+        clear_rows(keys.index(slot), block * 64, num_keys, LAYOUT)
+        clear_rows(values.index(slot), block * 64, num_keys, LAYOUT)
+        fence_async_shared()
+        gl.thread_barrier()
+    return slot
+
+
+@gluon.jit
+def gather_dq(
+    acc, common, place, operands, stats, rows, columns, zeros, done,
+    WARP_GROUP: gl.constexpr, GROUP: gl.constexpr, QUERIES: gl.constexpr, OUTPUT: gl.constexpr, WIDE: gl.constexpr,
+):  # fmt: skip
+    """acc with the parts of a place's blocks added: the last product on its way, and the place of its keys."""
+    descs, buffers, rings, _row_tiles, _tensors, _row_tensors, lists, _tables, _strides, _row_strides, score_scale, _scale, _sizes = common
+    keys, values = buffers
+    ready, empty = rings
+    Blocks, Bits = lists
+    q_rows, do_rows = operands
+    shift, delta = stats
+    _head, _start, _row, _first_key, _num_queries, num_keys, position, list_at, count = place
+    STAGES: gl.constexpr = keys.type.shape[0]
+    DTYPE: gl.constexpr = descs[0].dtype
+    weight_layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=OUTPUT, k_width=2)
+    FIRST: gl.constexpr = WARP_GROUP * 64 // GROUP
+    LAST: gl.constexpr = min((WARP_GROUP * 64 + 63) // GROUP, QUERIES - 1)
+    MINE: gl.constexpr = (1 << (LAST - FIRST + 1)) - 1
+    query = gl.minimum(rows // GROUP, QUERIES - 1)
+    positions = position + query
+
+    block, bits = gl.load(Blocks + list_at), gl.load(Bits + list_at)
+    slot = await_block(buffers, ready, done, block, num_keys, WIDE)
+    scores = warpgroup_mma(q_rows, keys.index(slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
+    d_p = warpgroup_mma(do_rows, values.index(slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
+    scores = warpgroup_mma_wait(1, deps=[scores])
+    now = 0
+    while now < count - 1:
+        coming = now + 1
+        next_bits = gl.load(Bits + list_at + coming)
+        for _ in gl.static_range(STAGES - 2):  # further ahead a block could come only into the place of the one at hand
+            if (coming < count - 1) & (((next_bits >> FIRST) & MINE) == 0):
+                passing = await_tile(ready, done + coming)
+                mbarrier.arrive(empty.index(passing), count=1)
+                coming += 1
+                next_bits = gl.load(Bits + list_at + coming)
+        next_block = gl.load(Blocks + list_at + coming)
+        p = row_weights(scores, shift, score_scale, block, bits, query, positions, position, columns)
+        d_p = warpgroup_mma_wait(0, deps=[d_p])
+        slot = await_block(buffers, ready, done + coming, next_block, num_keys, WIDE)
+        next_scores = warpgroup_mma(q_rows, keys.index(slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
+        d_scores = gl.convert_layout((p * (d_p - delta[:, None])).to(DTYPE), weight_layout)
+        before = (done + now) % STAGES
+        adding = warpgroup_mma(d_scores, keys.index(before), acc, is_async=True)
+        d_p = warpgroup_mma(do_rows, values.index(slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
+        scores, acc = warpgroup_mma_wait(1, deps=[next_scores, adding])
+        mbarrier.arrive(empty.index(before), count=1)
+        now, block, bits = coming, next_block, next_bits
+    p = row_weights(scores, shift, score_scale, block, bits, query, positions, position, columns)
+    d_p = warpgroup_mma_wait(0, deps=[d_p])
+    d_scores = gl.convert_layout((p * (d_p - delta[:, None])).to(DTYPE), weight_layout)
+    slot = (done + count - 1) % STAGES
+    return warpgroup_mma(d_scores, keys.index(slot), acc, is_async=True), slot
+
+
+@gluon.jit
+def dq_rows(common, WARP_GROUP: gl.constexpr, GROUP: gl.constexpr, QUERIES: gl.constexpr, BEFORE: gl.constexpr):
+    """Rows 64·WARP_GROUP … of each of the program's tiles."""
+    _descs, buffers, rings, row_tiles, tensors, row_tensors, _lists, tables, _strides, row_strides, _score_scale, scale, sizes = common
+    empty = rings[1]
+    Q, DOut, DQ, Before = tensors
+    stride_q, stride_qh, stride_do, stride_doh, stride_dq, stride_dqh, stride_b, stride_bh = row_strides[0]
+    num_tiles, num_heads, capacity = sizes
+    DIM: gl.constexpr = buffers[0].type.shape[2]
+    mma_s: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
+    mma_o: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, DIM, 16])
+    row_layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=mma_s, k_width=2)
+    wide: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [4, 1], [1, 0])
+    q_tile, do_tile, result_tile = row_tiles[0].index(WARP_GROUP), row_tiles[1].index(WARP_GROUP), row_tiles[2].index(WARP_GROUP)
+    rows = WARP_GROUP * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, mma_s))
+    wide_rows = WARP_GROUP * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, wide))
+    columns = gl.arange(0, 64, layout=gl.SliceLayout(0, mma_s))
+    dims = gl.arange(0, DIM, layout=gl.SliceLayout(0, wide))[None, :]
+    zeros = gl.zeros([64, 64], gl.float32, layout=mma_s)
+    num_units, step = num_tiles * num_heads, gl.num_programs(0)
+    place = unit_of(gl.program_id(0), num_tiles, num_heads, tables, capacity)
+    copy_rows(q_tile, Q, place, stride_q, stride_qh, wide_rows, dims, GROUP, QUERIES)
+    copy_rows(do_tile, DOut, place, stride_do, stride_doh, wide_rows, dims, GROUP, QUERIES)
+    async_copy.commit_group()
+    stats = statistics(row_tensors, row_strides[1], place, rows, GROUP, QUERIES)
+    done = 0
+    for index in range(gl.program_id(0), num_units, step):
+        async_copy.wait_group(0)
+        gl.thread_barrier()
+        operands = (q_tile.load(row_layout), do_tile.load(row_layout))
+        gl.thread_barrier()
+        here = anew(wide_rows, place)
+        following = unit_of(gl.minimum(index + step, num_units - 1), num_tiles, num_heads, tables, capacity)
+        copy_rows(q_tile, Q, following, stride_q, stride_qh, here, dims, GROUP, QUERIES)
+        copy_rows(do_tile, DOut, following, stride_do, stride_doh, here, dims, GROUP, QUERIES)
+        if BEFORE:
+            copy_rows(result_tile, Before, place, stride_b, stride_bh, here, dims, GROUP, QUERIES)
+        async_copy.commit_group()
+        acc = gl.zeros([64, DIM], gl.float32, layout=mma_o)
+        adding, slot = gather_dq(acc, common, place, operands, stats, rows, columns, zeros, done, WARP_GROUP, GROUP, QUERIES, mma_o, wide)
+        done += place[8]
+        next_place = unit_of(gl.minimum(index + step, num_units - 1), num_tiles, num_heads, tables, capacity)
+        stats = statistics(row_tensors, row_strides[1], next_place, anew(rows, place), GROUP, QUERIES)
+        acc = warpgroup_mma_wait(0, deps=[adding])
+        mbarrier.arrive(empty.index(slot), count=1)
+        result = acc * scale
+        async_copy.wait_group(0)
+        gl.thread_barrier()
+        if BEFORE:
+            result += result_tile.load(mma_o).to(gl.float32)
+        result_tile.store(result.to(DQ.dtype.element_ty))
+        gl.thread_barrier()
+        head, start, row, _first_key, num_queries, _num_keys, _position, _list_at, _count = place
+        here = anew(wide_rows, place)
+        valid = ((start + here // GROUP < num_queries) & (here < QUERIES * GROUP))[:, None]
+        at = row_pointers(DQ + head * GROUP * stride_dqh, row, stride_dq, stride_dqh, here, GROUP)
+        gl.store(at[:, None] + dims, result_tile.load(wide), mask=valid)
+        place = next_place
+    async_copy.wait_group(0)
+
+
+@gluon.jit
+def bring_blocks(common):
+    """Starts the copies of every block of the program's tiles, in order, each once both warp groups have left its place."""
+    descs, buffers, rings, _row_tiles, _tensors, _row_tensors, lists, tables, strides, _row_strides, _score_scale, _scale, sizes = common
+    ready, empty = rings
+    num_tiles, num_heads, capacity = sizes
+    done = 0
+    for index in range(gl.program_id(0), num_tiles * num_heads, gl.num_programs(0)):
+        head, _start, _row, first_key, _num_queries, _num_keys, _position, list_at, count = unit_of(index, num_tiles, num_heads, tables, capacity)
+        for i in range(count):
+            row = first_key + gl.load(lists[0] + list_at + i) * 64
+            fill_pair(descs, buffers, ready, empty, done + i, row, (head * strides[0], head * strides[1]))
+        done += count
+
+
+@gluon.jit(do_not_specialize=["num_tiles", "capacity", "limit"])
+def dq_kernel(
+    k_desc, v_desc, tensors, row_tensors, lists, TotalBlocks, tables, strides, row_strides, score_scale, scale, num_tiles, num_heads, capacity, limit,
+    GROUP: gl.constexpr, QUERIES: gl.constexpr, STAGES: gl.constexpr, BEFORE: gl.constexpr,
+):  # fmt: skip
+    """dq = Before (with BEFORE) + scale · dS K of the tiles program, program + programs, …"""
+    if gl.load(TotalBlocks) > limit:
+        return
+    DTYPE: gl.constexpr = k_desc.dtype
+    DIM: gl.constexpr = k_desc.block_type.shape[1]
+    rows_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, DIM], DTYPE)
+    queries = gl.allocate_shared_memory(DTYPE, [2, 64, DIM], rows_layout)
+    d_outs = gl.allocate_shared_memory(DTYPE, [2, 64, DIM], rows_layout)
+    results = gl.allocate_shared_memory(DTYPE, [2, 64, DIM], rows_layout)
+    keys = gl.allocate_shared_memory(DTYPE, [STAGES, 64, DIM], k_desc.layout)
+    values = gl.allocate_shared_memory(DTYPE, [STAGES, 64, DIM], v_desc.layout)
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(ready.index(i), count=1)
+        mbarrier.init(empty.index(i), count=2)
+    fence_async_shared()
+    common = (
+        (k_desc, v_desc), (keys, values), (ready, empty), (queries, d_outs, results), tensors, row_tensors, lists, tables, strides, row_strides,
+        score_scale, scale, (num_tiles, num_heads, capacity),
+    )  # fmt: skip
+    gl.warp_specialize(
+        [(dq_rows, (common, 0, GROUP, QUERIES, BEFORE)), (dq_rows, (common, 1, GROUP, QUERIES, BEFORE)), (bring_blocks, (common,))],
+        [4, 1],
+        [240, 24],
+    )
+
+
+def rows_aligned(x: torch.Tensor) -> bool:
+    """Whether rows `[T, heads, D]` can be copied 16 bytes at a time."""
+    return x.data_ptr() % 16 == 0 and x.stride(0) % 16 == 0 and x.stride(1) % 16 == 0 and x.stride(2) == 1
+
+
+def takes(d_out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, size: int) -> bool:
+    """Whether this kernel computes dq for the tensors and blocks of `size` keys, given a GPU that runs it."""
+    return (
+        q.dtype in (torch.bfloat16, torch.float16)
+        and size == 64
+        and k.shape[2] == v.shape[2]
+        and k.shape[2] in (64, 128)
+        and MIN_GROUP <= q.shape[1] // k.shape[1] <= ROWS // 2
+        and copied_in_bulk(k)
+        and copied_in_bulk(v)
+        and rows_aligned(d_out)
+        and rows_aligned(q)
+    )
+
+
+def takes_sum(x: torch.Tensor, q: torch.Tensor) -> bool:
+    """Whether dq can be written to x, or added to it."""
+    return x.dtype == q.dtype and rows_aligned(x)
+
+
+def dq(
+    d_out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lse: torch.Tensor, delta: torch.Tensor, gate: torch.Tensor,
+    target: torch.Tensor, before: torch.Tensor | None, unions: BlockUnions, plan: KernelPlan, *, limit: int, scale: float,
+) -> None:  # fmt: skip
+    """The part of `selected.selected_backward` that writes dq (target), unless the unions' total is above `limit`.
+
+    unions: over tiles of ROWS // group queries, at most MAX_QUERIES."""
+    num_tiles, num_heads, added = unions.tiles.shape[0], k.shape[1], target if before is None else before
+    launch(
+        dq_kernel, (min(num_tiles * num_heads, num_processors(q.device)),),
+        key_descriptor(k, 64), key_descriptor(v, 64), (q, d_out, target, added), (gate, lse, delta), (unions.blocks, unions.bits), unions.total,
+        (unions.tiles, plan.query_ends, plan.key_ends, unions.counts), (k.stride(1), v.stride(1)),
+        ((*q.stride()[:2], *d_out.stride()[:2], *target.stride()[:2], *added.stride()[:2]), (*gate.stride(), *lse.stride(), *delta.stride())),
+        scale * LOG2_E, scale, num_tiles, num_heads, unions.blocks.shape[1], limit,
+        GROUP=q.shape[1] // num_heads, QUERIES=unions.queries, STAGES=STAGES, BEFORE=before is not None, num_warps=4,
+    )  # fmt: skip
