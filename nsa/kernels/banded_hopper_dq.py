@@ -10,12 +10,15 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
 from nsa.kernels.banded_hopper import (
+    anew,
     await_clearing,
     await_tile,
     clear_rows,
     key_descriptor,
     key_range,
+    keys_of,
     num_processors,
+    place_of,
     row_pointers,
     visible,
 )
@@ -23,33 +26,6 @@ from nsa.kernels.launch import LOG2_E, launch
 
 STAGES = 4
 """Tiles of K and V in shared memory."""
-
-
-@gluon.jit
-def tile_of(index, num_heads, tables, QUERIES: gl.constexpr):
-    """Unit of work `index`: KV head, sequence; first query (in its sequence, and packed); number of queries; position of the first and last query."""
-    Tiles, QueryEnds, TokenEnds = tables
-    tile, head = index // num_heads, index % num_heads
-    sequence, start = gl.load(Tiles + 2 * tile), gl.load(Tiles + 2 * tile + 1)
-    first_query = gl.load(QueryEnds + sequence)
-    num_queries = gl.load(QueryEnds + sequence + 1) - first_query
-    ahead = gl.load(TokenEnds + sequence + 1) - gl.load(TokenEnds + sequence) - num_queries
-    last = ahead + gl.minimum(start + QUERIES, num_queries) - 1
-    return head, sequence, start, (first_query + start).to(gl.int64), num_queries, ahead + start, last
-
-
-@gluon.jit
-def keys_of(KeyEnds, sequence):
-    """A sequence's first key in a band and how many it has."""
-    first_key = gl.load(KeyEnds + sequence)
-    return first_key, gl.load(KeyEnds + sequence + 1) - first_key
-
-
-@gluon.jit
-def anew(rows, place):
-    """rows, in such a way that the compiler does not compute addresses from them once for all tiles and spill them: what is spilled
-    around the loops over keys comes back from L2 (shared memory leaves no L1), a few hundred cycles each."""
-    return rows + gl.minimum(place[4], 0)  # a number of queries: never negative, which only we know
 
 
 @gluon.jit
@@ -110,7 +86,7 @@ def bring_keys(common, GROUP: gl.constexpr, STRIDE: gl.constexpr, OFFSET: gl.con
     first_band, second_band, buffers, _query_buffers, rings, _tensors, tables, _strides, _score_scale, _scale, num_tiles, num_heads = common
     done = 0
     for index in range(gl.program_id(0), num_tiles * num_heads, gl.num_programs(0)):
-        place = tile_of(index, num_heads, tables, 128 // GROUP)
+        place = place_of(index, num_heads, tables, 128 // GROUP)
         done = bring_band(first_band, buffers, rings, done, place, STRIDE, OFFSET, WINDOW)
         if SECOND > 0:
             done = bring_band(second_band, buffers, rings, done, place, 1, 0, SECOND)
@@ -218,7 +194,7 @@ def dq_rows(
     dims = gl.arange(0, DIM, layout=gl.SliceLayout(0, wide))[None, :]
     zeros = gl.zeros([64, KEYS], gl.float32, layout=mma_s)
     num_units, step = num_tiles * num_heads, gl.num_programs(0)
-    place = tile_of(gl.program_id(0), num_heads, tables, QUERIES)
+    place = place_of(gl.program_id(0), num_heads, tables, QUERIES)
     valid = ((place[2] + wide_rows // GROUP < place[4]) & (wide_rows < QUERIES * GROUP))[:, None]
     tiles[0].store(load_rows(Q, place, stride_q, stride_qh, wide_rows, dims, valid, GROUP))
     tiles[1].store(load_rows(DOut, place, stride_do, stride_doh, wide_rows, dims, valid, GROUP))
@@ -240,7 +216,7 @@ def dq_rows(
                 acc, second_band, operands, buffers, rings, turns, place, rows, columns, zeros, score_scale,
                 WARP_GROUP, GROUP, 1, 0, SECOND, mma_o, wide,
             )  # fmt: skip
-        next_place = tile_of(gl.minimum(index + step, num_units - 1), num_heads, tables, QUERIES)
+        next_place = place_of(gl.minimum(index + step, num_units - 1), num_heads, tables, QUERIES)
         more = index + step < num_units
         here = anew(wide_rows, place)
         next_valid = ((next_place[2] + here // GROUP < next_place[4]) & (here < QUERIES * GROUP) & more)[:, None]

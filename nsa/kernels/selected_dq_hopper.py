@@ -13,8 +13,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from nsa.kernels.banded_hopper import await_tile, clear_rows, copied_in_bulk, key_descriptor, num_processors, row_pointers
-from nsa.kernels.banded_hopper_dq import anew, fill_pair
+from nsa.kernels.banded_hopper import anew, await_tile, clear_rows, copied_in_bulk, key_descriptor, num_processors, row_pointers
+from nsa.kernels.banded_hopper_dq import fill_pair
 from nsa.kernels.launch import LOG2_E, launch
 from nsa.kernels.tiles import KernelPlan
 from nsa.kernels.unions import BlockUnions

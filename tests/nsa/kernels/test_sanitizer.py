@@ -15,6 +15,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,29 +24,30 @@ import torch
 
 from nsa.attention import LayerCache, nsa_attention, nsa_decode
 from nsa.config import SparsityConfig
-from nsa.kernels import banded_hopper, banded_hopper_dkdv, banded_hopper_dq
+from nsa.kernels import banded_hopper, banded_hopper_dkdv, banded_hopper_dq, selected_dq_hopper
 from nsa.testing import make_inputs
 
 SANITIZER = shutil.which("compute-sanitizer", path=f"{os.environ.get('PATH', '')}:/usr/local/cuda/bin")
 CONFIG = SparsityConfig(compress_block_size=16, compress_stride=8, select_block_size=16, num_selected_blocks=4, window_size=24)
-CASES = [(3, 64), (16, 128)]
-"""Query heads of a KV head, head dim."""
+CASES = [(3, 64, 16), (16, 128, 64)]
+"""Query heads of a KV head, head dim, keys of a selected block (64: the kernels for Hopper)."""
 
 
-def small_case(group_size: int, dim: int) -> None:
-    """Packed sequences of 150, 1 and 33 tokens in bf16, forward and backward; then one decode step of two sequences."""
+def small_case(group_size: int, dim: int, block_size: int) -> None:
+    """Packed sequences of 270, 1 and 33 tokens in bf16, forward and backward; then one decode step of two sequences."""
+    config = replace(CONFIG, select_block_size=block_size)
     dtype = torch.bfloat16
     options = {"num_kv_heads": 1, "group_size": group_size, "key_dim": dim, "value_dim": dim, "dtype": dtype, "device": "cuda"}
-    inputs = make_inputs(CONFIG, lengths=[150, 1, 33], **options)
+    inputs = make_inputs(config, lengths=[270, 1, 33], **options)
     out = nsa_attention(inputs.q, inputs.kv, inputs.gates, **inputs.options, backend="triton")
     assert isinstance(out, torch.Tensor)
     out.backward(torch.ones_like(out))
     raw = torch.randn(9, 2, 64, 3, dim, device="cuda").to(dtype)
-    compressed = torch.randn(9, 64 // CONFIG.compress_stride, 1, 2 * dim, device="cuda").to(dtype)
+    compressed = torch.randn(9, 64 // config.compress_stride, 1, 2 * dim, device="cuda").to(dtype)
     table = torch.arange(1, 9, device="cuda", dtype=torch.int32).view(2, 4)
     lengths = torch.tensor([200, 37], device="cuda", dtype=torch.int32)
     q, gates = torch.randn(2, 1, group_size, dim, device="cuda").to(dtype), torch.rand(2, 1, group_size, 3, device="cuda").to(dtype)
-    step = nsa_decode(q, LayerCache(raw, compressed, dim, dim, 3), table, lengths, gates, phi=None, config=CONFIG, backend="triton")
+    step = nsa_decode(q, LayerCache(raw, compressed, dim, dim, 3), table, lengths, gates, phi=None, config=config, backend="triton")
     assert isinstance(step, torch.Tensor)
     torch.cuda.synchronize()
     print(f"group {group_size}, dim {dim}: {float(out.float().abs().mean()):.3f} {float(step.float().abs().mean()):.3f}", flush=True)
@@ -83,7 +85,7 @@ def accesses(text: str) -> list[str]:
     """Accesses that racecheck blames, as `kernel in file:line`, but for those in the bodies of kernels that start warp groups."""
     bodies = {
         f"{Path(module.__file__).name}:{line}"
-        for module in (banded_hopper, banded_hopper_dkdv, banded_hopper_dq)
+        for module in (banded_hopper, banded_hopper_dkdv, banded_hopper_dq, selected_dq_hopper)
         for name, kernel in vars(module).items()
         if name.endswith("_kernel")
         for line in range(first_line(kernel), first_line(kernel) + len(inspect.getsourcelines(kernel.fn)[0]))
