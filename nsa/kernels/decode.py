@@ -42,11 +42,14 @@ MIN_PROGRAMS = 512
 MAX_PROGRAMS = 2048
 """A sequence's programs go round its leaves where there would be more than this: with 512 short sequences in tables for 65,000 tokens the
 programs that have nothing to do took six times as long as the others."""
-MIN_CHOSEN = 64
+MIN_CHOSEN = 1
 """From this many queries × KV heads on a program for each of them scores and chooses the blocks; in smaller batches the blocks are cut into
 chunks, so that more programs share the work."""
-MAX_CHOSEN = 4096
-"""Blocks of a table whose scores such a program can hold."""
+MIN_EARLY = 64
+"""From this many queries × KV heads on the window is read as soon as the first kernel leaves room, in smaller batches while blocks are chosen:
+there the first kernel is one wave, which it would hold up."""
+MAX_CHOSEN = 32768
+"""Scores (heads of a group × blocks of the table) that such a program can hold."""
 MAX_SCORING = 1024
 """As MAX_PROGRAMS, of the score kernel."""
 MIN_PICKED = 128
@@ -196,7 +199,7 @@ def paged_decode(
     statistics = (*cmp_stats, leaf_edge, scores, row_stats)
     common = {"HEADS": heads, "GROUP": group}
     ranking = {"NUM": num, "NUM2": triton.next_power_of_2(num), "CHUNK": tiles.chunk, "CANDIDATES": triton.next_power_of_2(num_chunks * num)}
-    chosen_at_once = choose and batch * num_new * heads >= MIN_CHOSEN and width <= MAX_CHOSEN
+    chosen_at_once = choose and batch * num_new * heads >= MIN_CHOSEN and width * group <= MAX_CHOSEN
     picked = chosen_at_once or (choose and batch * num_new * heads >= MIN_PICKED)
     dims, dims2 = {"DK": key_dim, "DV": value_dim}, {"DK2": padded(key_dim), "DV2": padded(value_dim)}
     pdl = starts_early(q.device)
@@ -235,8 +238,8 @@ def paged_decode(
     if chosen_at_once:
         launch(
             choose_kernel, (heads, num_new, batch), *statistics, given, used, seq_lens, *given.stride(), num_leaves, num_new,
-            **common, **after, **scoring, LEAVES=width // groups, NUM2=triton.next_power_of_2(num),
-            num_warps=4 if width <= 2048 else 8, enable_fp_fusion=False,
+            **common, **after, **scoring, LEAVES=width // groups, NUM2=triton.next_power_of_2(num), LATE=batch * num_new * heads < MIN_EARLY,
+            num_warps=max(4, min(16, width * group // 2048)), enable_fp_fusion=False,
         )  # fmt: skip
     elif choose:
         programs = min(num_chunks, -(-MAX_SCORING // (batch * num_new * heads)))
