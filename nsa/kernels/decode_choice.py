@@ -1,6 +1,6 @@
 """The choice of blocks in a decode step, and what its kernels have in common with those that attend; see `nsa.kernels.decode`.
 
-`score_kernel` and `pick_kernel` in small batches, `choose_kernel` in large ones. `PDL`: as in decode_kernels.py.
+`choose_kernel`, or `score_kernel` and `pick_kernel` for tables too long for it. `PDL`: as in decode_kernels.py.
 """
 
 from __future__ import annotations
@@ -102,13 +102,13 @@ def add_shares(score, shares, row_stats, first_row, HEAD: tl.constexpr, END: tl.
 
 @triton.jit
 def add_turn(
-    score, leaf_top, leaf_edge, scores, row_stats, first_row, num_leaves, filled_leaves, TURN: tl.constexpr, GROUP: tl.constexpr,
+    score, leaf_top, leaf_edge, scores, row_stats, first_row, first_leaf, num_leaves, filled_leaves, TURN: tl.constexpr, GROUP: tl.constexpr,
     FIRST: tl.constexpr, GROUPS: tl.constexpr, LEAVES: tl.constexpr,
 ):  # fmt: skip
     """`score` plus the parts of the TURN-th AT_ONCE heads."""
     HEAD: tl.constexpr = TURN * AT_ONCE
     END: tl.constexpr = HEAD + AT_ONCE if HEAD + AT_ONCE < GROUP else GROUP
-    shares = load_shares(leaf_top, leaf_edge, scores, first_row, 0, num_leaves, filled_leaves, HEAD, END, FIRST, GROUPS, LEAVES)
+    shares = load_shares(leaf_top, leaf_edge, scores, first_row, first_leaf, num_leaves, filled_leaves, HEAD, END, FIRST, GROUPS, LEAVES)
     return add_shares(score, shares, row_stats, first_row, HEAD, END, FIRST, GROUPS)
 
 
@@ -149,8 +149,12 @@ def score_kernel(
     LEAVES: tl.constexpr = (CHUNK + GROUPS - 1) // GROUPS
     for chunk in range(first_chunk, current // CHUNK + 1, programs):
         blocks = chunk * CHUNK + column
-        shares = load_shares(leaf_top, leaf_edge, scores, first_row, chunk * LEAVES, num_leaves, filled_leaves, 0, GROUP, FIRST, GROUPS, LEAVES)
-        score = add_shares(tl.zeros([LEAVES, GROUPS], tl.float32), shares, row_stats, first_row, 0, GROUP, FIRST, GROUPS)
+        score = tl.zeros([LEAVES, GROUPS], tl.float32)
+        for turn in tl.static_range((GROUP + AT_ONCE - 1) // AT_ONCE):
+            score = add_turn(
+                score, leaf_top, leaf_edge, scores, row_stats, first_row, chunk * LEAVES, num_leaves, filled_leaves, turn, GROUP, FIRST, GROUPS,
+                LEAVES,
+            )  # fmt: skip
         score = tl.reshape(score, (CHUNK,))
 
         forced = (blocks < NUM_INIT) | (blocks > current - NUM_LOCAL)
@@ -221,10 +225,10 @@ def choose_kernel(
     PER_BLOCK: tl.constexpr, GROUPS: tl.constexpr, LEAVES: tl.constexpr, SIZE: tl.constexpr, NUM: tl.constexpr, NUM2: tl.constexpr,
     NUM_INIT: tl.constexpr, NUM_LOCAL: tl.constexpr, GIVEN: tl.constexpr, LATE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """`score_kernel` and `pick_kernel` in one, for batches that fill the GPU with a program for each query and KV head: the selection.
+    """The selection: a program for each query and KV head.
 
-    The scores of all blocks lie in registers; the NUM-th best is found by bisection, and of blocks that equal it the first ones
-    are taken."""
+    The scores of all blocks lie in registers; the NUM-th best is found by trying two numbers at a time, and of blocks that equal it the
+    first ones are taken. LATE: what comes next is launched once the compressed tokens are done, not beside them."""
     if PDL and not LATE:
         gdc_launch_dependents()
     head, query, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -259,39 +263,42 @@ def choose_kernel(
     tl.debug_barrier()
     score = add_shares(tl.zeros([LEAVES, GROUPS], tl.float32), shares, row_stats, first_row, 0, FEW, FIRST, GROUPS)
     for turn in tl.static_range(1, (GROUP + AT_ONCE - 1) // AT_ONCE):
-        score = add_turn(score, leaf_top, leaf_edge, scores, row_stats, first_row, num_leaves, filled_leaves, turn, GROUP, FIRST, GROUPS, LEAVES)
+        score = add_turn(score, leaf_top, leaf_edge, scores, row_stats, first_row, 0, num_leaves, filled_leaves, turn, GROUP, FIRST, GROUPS, LEAVES)
     block = tl.arange(0, LEAVES * GROUPS)
     bits = tl.reshape(score, (LEAVES * GROUPS,)).to(tl.int32, bitcast=True)
     bits = tl.where((block < NUM_INIT) | (block > current - NUM_LOCAL), 0x7F800000, bits)
     bits = tl.where(block <= current, bits, -1)
-    # A number that just NUM blocks reach, or the greatest that NUM do: `least` is reached by NUM, `beyond` by fewer. It is looked for
-    # below the best score, first by half, then further and further, then halfway.
+    # A number that just NUM blocks reach, or the greatest that NUM do. `least` is reached by NUM and `beyond` by fewer; between them two
+    # numbers are tried at a time: first not far below the best score, then further and further down, then at the thirds.
     best = tl.max(tl.where(bits < 0x7F800000, bits, -1), 0)
-    if NUM_INIT + NUM_LOCAL < NUM:
-        beyond = best + 1
-    else:
-        beyond = best * 0 + 0x7F800001
-    least, found, way = best * 0, best * 0, best * 0 + (1 << 23)
-    probe = tl.maximum(best - way, 1)
+    beyond = best + 1 if NUM_INIT + NUM_LOCAL < NUM else best * 0 + 0x7F800001
+    least, found, way = best * 0, best * 0, best * 0 + (1 << 22)
     while (found != NUM) & (beyond - least > 1):
-        count = tl.sum((bits >= probe).to(tl.int32), 0)
-        if count >= NUM:
-            least = probe
-            found = count
-        else:
-            beyond = probe
+        third = (beyond - least) // 3
+        upper, lower = least + third * 2, least + third
         if least == 0:
-            way = tl.minimum(way, 1 << 29) * 2
-            probe = tl.maximum(probe - way, 1)
+            upper = tl.maximum(beyond - way, 1)
+            lower = tl.maximum(upper - way * 4, 1)
+            way = tl.minimum(way, 1 << 24) * 16
+        upper, lower = tl.maximum(upper, least + 1), tl.maximum(lower, least + 1)
+        counts = tl.sum((bits >= lower).to(tl.int32) + ((bits >= upper).to(tl.int32) << 16), 0)
+        if (counts >> 16) >= NUM:
+            least = upper
+            found = counts >> 16
         else:
-            probe = least + (beyond - least) // 2
+            beyond = upper
+            if (counts & 0xFFFF) >= NUM:
+                least = lower
+                found = counts & 0xFFFF
+            else:
+                beyond = lower
     taken = bits >= least
     if found != NUM:
         equal = bits == least
         left = NUM - tl.sum((bits > least).to(tl.int32), 0)
         taken = (bits > least) | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= left))
     place = tl.cumsum(taken.to(tl.int32), 0) - 1
-    tl.store(target + place, block.to(selection.dtype.element_ty), mask=taken)
+    tl.store(target + place, block.to(selection.dtype.element_ty), mask=taken & (place < NUM))  # more where scores are NaN
 
 
 @triton.jit(do_not_specialize=["num_chunks"])

@@ -27,8 +27,6 @@ STAGES = 3
 """Leaves of compressed tokens in shared memory at a time."""
 MAX_SHARE = 4
 """Neighbouring sequences that a program serves at most."""
-MIN_SHARED = 2
-"""Sequences of a batch in which programs serve several."""
 SHARED_MEMORY = 227 << 10
 """Bytes of shared memory that the programs of an SM have between them."""
 NOTHING = gl.constexpr(-1.0e6)
@@ -239,12 +237,13 @@ def hopper_compression_kernel(
     q_batch, q_row, q_head, cmp_page, cmp_slot, cmp_head, table_batch, num_leaves, num_parts, num_blocks, splits, batches, num_new,
     HEADS: gl.constexpr, GROUP: gl.constexpr, DK: gl.constexpr, DV: gl.constexpr, STRIDE: gl.constexpr, FIRST: gl.constexpr,
     PER_BLOCK: gl.constexpr, PER_PAGE: gl.constexpr, LEAF: gl.constexpr, ROWS: gl.constexpr, LEAVES: gl.constexpr, STAGES: gl.constexpr,
-    SHARE: gl.constexpr, LONE: gl.constexpr, SCORES: gl.constexpr, PDL: gl.constexpr,
+    SHARE: gl.constexpr, APART: gl.constexpr, LONE: gl.constexpr, SCORES: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """Writes what `decode_kernels.compression_kernel` writes.
 
     `splits` programs serve SHARE neighbouring sequences. Each takes a share of the leaves that are the same pages for all of them, for all
-    of their rows, and then a share of the other leaves of one of them. LONE (SHARE 1): a program for each LEAVES leaves."""
+    of their rows, and then a share of the other leaves of SHARE / APART of them; APART divides SHARE and `splits`. LONE (SHARE 1): a program
+    for each LEAVES leaves."""
     DTYPE: gl.constexpr = q.dtype.element_ty
     WARPS: gl.constexpr = gl.num_warps()
     GROUPS: gl.constexpr = LEAF // PER_BLOCK
@@ -288,10 +287,11 @@ def hopper_compression_kernel(
         common = shared_leaves(block_table, seq_lens, table_batch, first, batches, LEAF, PER_PAGE, STRIDE, SHARE) // LEAVES * LEAVES
     async_copy.async_copy_global_to_shared(queries, q_rows[:, None] + dk[None, :], mask=there[:, None])
     async_copy.commit_group()
-    # A share of the common leaves, then one of those of a single sequence.
-    for turn in range(0 if SHARE > 1 else 1, 2):
-        only = turn * (split % SHARE + 1) - 1  # -1: all
-        number, shares = split // (1 + turn * (SHARE - 1)), splits // (1 + turn * (SHARE - 1))
+    # A share of the common leaves (-1), then of those of each of its own sequences.
+    for turn in range(-1 if SHARE > 1 else 0, SHARE // APART):
+        alone = gl.minimum(turn + 1, 1)
+        only = alone * (split % APART + turn * APART + 1) - 1
+        number, shares = split // (1 + alone * (APART - 1)), splits // (1 + alone * (APART - 1))
         member = gl.minimum(first + gl.maximum(only, 0), batches - 1)
         table = block_table + member.to(gl.int64) * table_batch
         num_slots = gl.load(seq_lens + member).to(gl.int32) // STRIDE
@@ -301,7 +301,7 @@ def hopper_compression_kernel(
             end = gl.minimum(begin + LEAVES, filled_leaves)
             pages = lone_pages
         else:
-            start = common * turn
+            start = common * alone
             filled_leaves = gl.where(only < 0, common, filled_leaves)
             share = gl.cdiv(gl.cdiv(filled_leaves - start, LEAVES), shares) * LEAVES
             begin = start + number * share
@@ -335,15 +335,18 @@ def compression(arguments: tuple[Any, ...], q: torch.Tensor, heads: int, num_par
     own = num_new * num_heads // heads
     rows, processors, ring = max(16, next_power_of_two(own)), num_processors(q.device), STAGES
     lone = constants["LEAVES"] == 1 and batch * heads * num_parts <= 2 * processors
-    share = 1 if lone or batch < MIN_SHARED else min(MAX_SHARE, rows // own)
+    share = 1 if lone or batch == 1 else min(MAX_SHARE, rows // own)
     if lone:
-        splits, ring = num_parts, 1
+        splits, apart, ring = num_parts, 1, 1
     else:
-        while ring > 1 and smem_bytes(ring, constants["LEAF"], rows, key_dim, constants["DV"]) > SHARED_MEMORY:
+        # Two programs on an SM, whatever that leaves of the ring: one reads while the other begins or ends.
+        while ring > 1 and 2 * smem_bytes(ring, constants["LEAF"], rows, key_dim, constants["DV"]) > SHARED_MEMORY:
             ring -= 1
         room = SHARED_MEMORY // smem_bytes(ring, constants["LEAF"], rows, key_dim, constants["DV"])
-        splits = share * splits_of(ceil_div(batch, share) * heads * share, num_parts, processors * max(1, min(2, room)))
+        groups, slots = ceil_div(batch, share) * heads, processors * max(1, min(2, room))
+        apart = next((n for n in (share, 2) if share % n == 0 and groups * n <= slots), 1)
+        splits = apart * splits_of(groups * apart, num_parts, slots)
     launch(
         hopper_compression_kernel, (heads * splits, ceil_div(batch, share)), *arguments, splits, batch, num_new,
-        **constants, ROWS=rows, STAGES=ring, SHARE=share, LONE=lone, num_warps=4, enable_fp_fusion=False,
+        **constants, ROWS=rows, STAGES=ring, SHARE=share, APART=apart, LONE=lone, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
