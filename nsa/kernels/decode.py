@@ -1,8 +1,8 @@
 """Decode attention over the paged cache: the last few queries of each sequence, in four or five launches that a CUDA graph can hold.
 
 1. `compression_kernel`: compressed tokens, split along the sequence, with each block's share of the score, per head.
-2. `choose_kernel`: block scores (the heads' shares, normalised), and the best n blocks. In small batches and for very long block tables
-   instead `score_kernel`, which keeps the best n of each chunk of blocks; the n best of those are found in 3, or by `pick_kernel`.
+2. `choose_kernel`: block scores (the heads' shares, normalised), and the best n blocks. For very long block tables instead `score_kernel`,
+   which keeps the best n of each chunk of blocks; the n best of those are found in 3, or by `pick_kernel`.
 3. `blocks_kernel`: attention over the window and over the chosen blocks, split by blocks. The window's programs come first and wait for
    nothing, so that they read while blocks are still being chosen.
 4. `combine_kernel`: partial results of the three branches, times the gates.
@@ -42,11 +42,11 @@ MIN_PROGRAMS = 512
 MAX_PROGRAMS = 2048
 """A sequence's programs go round its leaves where there would be more than this: with 512 short sequences in tables for 65,000 tokens the
 programs that have nothing to do took six times as long as the others."""
-MIN_CHOSEN = 64
-"""From this many queries × KV heads on a program for each of them scores and chooses the blocks; in smaller batches the blocks are cut into
-chunks, so that more programs share the work."""
-MAX_CHOSEN = 4096
-"""Blocks of a table whose scores such a program can hold."""
+MIN_EARLY = 64
+"""From this many queries × KV heads on the window is read as soon as the first kernel leaves room, in smaller batches while blocks are chosen:
+there the first kernel is one wave, which it would hold up."""
+MAX_CHOSEN = 32768
+"""Scores (heads of a group, at least two, × blocks of the table) of a program that chooses; longer tables are cut into chunks."""
 MAX_SCORING = 1024
 """As MAX_PROGRAMS, of the score kernel."""
 MIN_PICKED = 128
@@ -196,7 +196,7 @@ def paged_decode(
     statistics = (*cmp_stats, leaf_edge, scores, row_stats)
     common = {"HEADS": heads, "GROUP": group}
     ranking = {"NUM": num, "NUM2": triton.next_power_of_2(num), "CHUNK": tiles.chunk, "CANDIDATES": triton.next_power_of_2(num_chunks * num)}
-    chosen_at_once = choose and batch * num_new * heads >= MIN_CHOSEN and width <= MAX_CHOSEN
+    chosen_at_once = choose and width * max(group, 2) <= MAX_CHOSEN
     picked = chosen_at_once or (choose and batch * num_new * heads >= MIN_PICKED)
     dims, dims2 = {"DK": key_dim, "DV": value_dim}, {"DK2": padded(key_dim), "DV2": padded(value_dim)}
     pdl = starts_early(q.device)
@@ -235,8 +235,8 @@ def paged_decode(
     if chosen_at_once:
         launch(
             choose_kernel, (heads, num_new, batch), *statistics, given, used, seq_lens, *given.stride(), num_leaves, num_new,
-            **common, **after, **scoring, LEAVES=width // groups, NUM2=triton.next_power_of_2(num),
-            num_warps=4 if width <= 2048 else 8, enable_fp_fusion=False,
+            **common, **after, **scoring, LEAVES=width // groups, NUM2=triton.next_power_of_2(num), LATE=batch * num_new * heads < MIN_EARLY,
+            num_warps=max(4, min(16, width * group // 2048)), enable_fp_fusion=False,
         )  # fmt: skip
     elif choose:
         programs = min(num_chunks, -(-MAX_SCORING // (batch * num_new * heads)))

@@ -17,6 +17,8 @@ from nsa.kernels.launch import ceil_div, launch
 from nsa.kernels.launch import power_of_two as next_power_of_two
 
 RECOMPUTE = gl.constexpr(RECOMPUTE_MARK)
+MAX_REGISTERS = 168
+"""Of a thread, so that three programs fit an SM. Small tiles come out at 146 to 183, for two or three."""
 
 
 @gluon.jit
@@ -49,22 +51,21 @@ def copy_block(
 
 
 @gluon.jit
-def block_of(chosen, leaf, end, num_blocks, order, PER_BLOCK: gl.constexpr, LISTED: gl.constexpr):
-    """The block of a leaf, and whether the leaf is there."""
-    block = chosen + leaf // PER_BLOCK
-    if LISTED:
-        block = gl.sum(gl.where(order == leaf // PER_BLOCK, chosen + 1, 0), 0) - 1
+def block_of(chosen, first, step, leaf, end, num_blocks, order, PER_BLOCK: gl.constexpr):
+    """The block of a leaf, and whether the leaf is there: of the list `chosen` where `first` is −1 and `step` 0; of those from `first` on
+    where `step` is 1 and the list −1 throughout."""
+    number = leaf // PER_BLOCK
+    block = first + step * number + gl.sum(gl.where(order == number, chosen + 1, 0), 0)
     return block, (block >= 0) & (block < num_blocks) & (leaf < end)
 
 
 @gluon.jit
 def walk_blocks(
     q_rows, raw, table, tiles, leaf_top, leaf_sum, part_top, part_out, scale, q_head, raw_page, raw_kind, raw_slot, entry, begin, end, position,
-    lowest, chosen, order, num_blocks,
-    GROUP: gl.constexpr, SIZE: gl.constexpr, PAGE: gl.constexpr, FIRST_LEAF: gl.constexpr, ALL_LEAVES: gl.constexpr, LEAVES: gl.constexpr,
-    LISTED: gl.constexpr,
+    lowest, chosen, first, step, first_leaf, order, num_blocks,
+    GROUP: gl.constexpr, SIZE: gl.constexpr, PAGE: gl.constexpr, ALL_LEAVES: gl.constexpr, LEAVES: gl.constexpr,
 ):  # fmt: skip
-    """As `decode_kernels.attend_blocks`, for leaves [begin, end) of 64 tokens; `chosen` is the list or the first block."""
+    """As `decode_kernels.attend_blocks`, for leaves [begin, end) of 64 tokens; `block_of` says which blocks these are."""
     keys, values, queries, weight_tile = tiles
     DTYPE: gl.constexpr = keys.dtype
     STAGES: gl.constexpr = keys.type.shape[0]
@@ -78,7 +79,7 @@ def walk_blocks(
     mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, ROWS, 16])
     k_wide: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // DK, DK // 8], [WARPS, 1], [1, 0])
     v_wide: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // DV, DV // 8], [WARPS, 1], [1, 0])
-    block, there = block_of(chosen, begin, end, num_blocks, order, PER_BLOCK, LISTED)
+    block, there = block_of(chosen, first, step, begin, end, num_blocks, order, PER_BLOCK)
     page = gl.load(table + block * SIZE // PAGE, mask=there & (block * SIZE <= position), other=0)
     row_w = gl.arange(0, ROWS, layout=gl.SliceLayout(1, k_wide))
     dk = gl.arange(0, DK, layout=gl.SliceLayout(0, k_wide))
@@ -91,7 +92,7 @@ def walk_blocks(
             raw, keys, values, page, stage, block, there, lowest, position, raw_page, raw_kind, raw_slot, leaf % PER_BLOCK * TILE, k_wide, v_wide,
             SIZE, PAGE,
         )  # fmt: skip
-        block, there = block_of(chosen, leaf + 1, end, num_blocks, order, PER_BLOCK, LISTED)
+        block, there = block_of(chosen, first, step, leaf + 1, end, num_blocks, order, PER_BLOCK)
         page = gl.load(table + block * SIZE // PAGE, mask=there & (block * SIZE <= position), other=0)
     member = gl.arange(0, ROWS, layout=gl.SliceLayout(0, mma))
     token = gl.arange(0, TILE, layout=gl.SliceLayout(1, mma))
@@ -112,11 +113,11 @@ def walk_blocks(
                 raw, keys, values, page, i + AHEAD, block, there, lowest, position, raw_page, raw_kind, raw_slot, (leaf + AHEAD) % PER_BLOCK * TILE,
                 k_wide, v_wide, SIZE, PAGE,
             )  # fmt: skip
-            block, there = block_of(chosen, leaf + STAGES, end, num_blocks, order, PER_BLOCK, LISTED)
+            block, there = block_of(chosen, first, step, leaf + STAGES, end, num_blocks, order, PER_BLOCK)
             page = gl.load(table + block * SIZE // PAGE, mask=there & (block * SIZE <= position), other=0)
         place = i % STAGES
         scored = warpgroup_mma(keys.index(place), queries.permute((1, 0)), zeros_s, use_acc=False, is_async=True)
-        here, exists = block_of(chosen, leaf, end, num_blocks, order, PER_BLOCK, LISTED)
+        here, exists = block_of(chosen, first, step, leaf, end, num_blocks, order, PER_BLOCK)
         spot = here * SIZE + leaf % PER_BLOCK * TILE + token
         seen = ((spot >= lowest) & (spot <= gl.where(exists, position, -1)))[:, None] & (member >= 0)[None, :]
         scored = warpgroup_mma_wait(0, deps=[scored])
@@ -126,8 +127,8 @@ def walk_blocks(
         fence_async_shared()
         gl.thread_barrier()
         adding = warpgroup_mma(values.index(place).permute((1, 0)), weight_tile.permute((1, 0)), zeros_o, use_acc=False, is_async=True)
-        gl.store(leaf_top + rows * ALL_LEAVES + (FIRST_LEAF + leaf), top, mask=real)
-        gl.store(leaf_sum + rows * ALL_LEAVES + (FIRST_LEAF + leaf), gl.sum(weights, 0), mask=real)
+        gl.store(leaf_top + rows * ALL_LEAVES + (first_leaf + leaf), top, mask=real)
+        gl.store(leaf_sum + rows * ALL_LEAVES + (first_leaf + leaf), gl.sum(weights, 0), mask=real)
         this = warpgroup_mma_wait(0, deps=[adding])
         if STAGES == 1:
             gl.thread_barrier()
@@ -135,14 +136,14 @@ def walk_blocks(
                 raw, keys, values, page, 0, block, there, lowest, position, raw_page, raw_kind, raw_slot, (leaf + 1) % PER_BLOCK * TILE, k_wide,
                 v_wide, SIZE, PAGE,
             )  # fmt: skip
-            block, there = block_of(chosen, leaf + 2, end, num_blocks, order, PER_BLOCK, LISTED)
+            block, there = block_of(chosen, first, step, leaf + 2, end, num_blocks, order, PER_BLOCK)
             page = gl.load(table + block * SIZE // PAGE, mask=there & (block * SIZE <= position), other=0)
-        step = leaf % LEAVES
-        out, out_top, pair, pair_top = add_leaf(this, top, (out, out_top, pair, pair_top), step, zeros_o, nothing, LEAVES)
-        if (step == LEAVES - 1) | (leaf == end - 1):
+        turn = leaf % LEAVES
+        out, out_top, pair, pair_top = add_leaf(this, top, (out, out_top, pair, pair_top), turn, zeros_o, nothing, LEAVES)
+        if (turn == LEAVES - 1) | (leaf == end - 1):
             if LEAVES > 1:
                 out, out_top = merge(out, out_top, pair, pair_top)
-            item = rows * PARTS + (FIRST_LEAF + leaf) // LEAVES
+            item = rows * PARTS + (first_leaf + leaf) // LEAVES
             gl.store(part_top + item, out_top, mask=real)
             gl.store(part_out + (item * DV)[None, :] + dv[:, None], out, mask=real[None, :] & (dv >= 0)[:, None])
             out, out_top, pair, pair_top = zeros_o, nothing, zeros_o, nothing
@@ -216,17 +217,17 @@ def hopper_blocks_kernel(
     chosen_leaves = NUM * (SIZE // 64)
     if not REPLAYED:
         chosen_leaves = gl.minimum(last + 1, NUM) * (SIZE // 64)
-    window_leaves = (last - gl.maximum(position - (WINDOW - 1), 0) // SIZE + 1) * (SIZE // 64)
-    if of_window:
-        share = gl.cdiv(WINDOW_PARTS, window_programs) * LEAVES
-        if (length > 0) & (number * share < window_leaves) & (not ONCE or (position >= WINDOW) | (position >= NUM * SIZE)):
-            lowest = gl.maximum(position - (WINDOW - 1), 0)
-            walk_blocks(
-                q_rows, raw + (head + WINDOW_SET * HEADS) * raw_head, table, tiles, leaf_top, leaf_sum, part_top, part_out, scale, q_head, raw_page,
-                raw_kind, raw_slot, entry, number * share, gl.minimum(number * share + share, window_leaves), position, lowest,
-                lowest // SIZE, order, num_blocks, GROUP, SIZE, PAGE, CHOSEN_LEAVES, ALL_LEAVES, LEAVES, False,
-            )  # fmt: skip
-    else:
+    begin_of_window = gl.maximum(position - (WINDOW - 1), 0)
+    window_leaves = (last - begin_of_window // SIZE + 1) * (SIZE // 64)
+    # One body for both: what stands in the instruction cache twice is read twice.
+    leaves = gl.where(of_window, window_leaves, chosen_leaves)
+    share = gl.where(of_window, gl.cdiv(WINDOW_PARTS, window_programs), gl.cdiv(CHOSEN_PARTS, chosen_programs)) * LEAVES
+    lowest = gl.where(of_window, begin_of_window, 0)
+    first = gl.where(of_window, begin_of_window // SIZE, -1)
+    step = gl.where(of_window, position * 0 + 1, position * 0)
+    first_leaf = step * CHOSEN_LEAVES
+    row = head + HEADS * (CHOSEN_SET + step * (WINDOW_SET - CHOSEN_SET))
+    if step == 0:
         if PDL:
             gdc_wait()
         if not PICKED:
@@ -235,26 +236,28 @@ def hopper_blocks_kernel(
                 # Where no more than NUM exist nothing was ranked: no keys, and all of the blocks.
                 some = gl.minimum(gl.maximum(last + 1 - NUM, 0), 1)
                 num_keys = gl.minimum(last // CHUNK + 1, num_chunks) * NUM * some
-                chosen = listed_blocks(candidates + entry * num_chunks * NUM, num_keys, NUM, NUM2, CANDIDATES, list_layout)
-                chosen = gl.maximum(chosen, gl.where(order <= gl.minimum(last, length - 1) - some * (last + 1), order, -1))
+                blocks = listed_blocks(candidates + entry * num_chunks * NUM, num_keys, NUM, NUM2, CANDIDATES, list_layout)
+                blocks = gl.maximum(blocks, gl.where(order <= gl.minimum(last, length - 1) - some * (last + 1), order, -1))
             else:
-                chosen = gl.where(order <= gl.minimum(last, length - 1), order, -1)
+                blocks = gl.where(order <= gl.minimum(last, length - 1), order, -1)
             if GIVEN:
-                row = given + batch * given_batch + query * given_row + head * given_head
-                marks = gl.load(row + order * 0, mask=order < gl.minimum(length, 1) * NUM, other=RECOMPUTE).to(gl.int32)
-                replayed = gl.load(row + order * given_entry, mask=order < NUM, other=-1).to(gl.int32)
-                chosen = gl.where(marks == RECOMPUTE, chosen, replayed)
+                target = given + batch * given_batch + query * given_row + head * given_head
+                marks = gl.load(target + order * 0, mask=order < gl.minimum(length, 1) * NUM, other=RECOMPUTE).to(gl.int32)
+                replayed = gl.load(target + order * given_entry, mask=order < NUM, other=-1).to(gl.int32)
+                blocks = gl.where(marks == RECOMPUTE, blocks, replayed)
             # Every program of the entry writes the same list.
-            gl.store(selection + entry * NUM + order, chosen.to(selection.dtype.element_ty), mask=order < NUM)
+            gl.store(selection + entry * NUM + order, blocks.to(selection.dtype.element_ty), mask=order < NUM)
             gl.thread_barrier()
-        chosen = gl.load(selection + entry * NUM + order, mask=order < NUM, other=-1).to(gl.int32)
-        share = gl.cdiv(CHOSEN_PARTS, chosen_programs) * LEAVES
-        if (length > 0) & (number * share < chosen_leaves):
-            walk_blocks(
-                q_rows, raw + (head + CHOSEN_SET * HEADS) * raw_head, table, tiles, leaf_top, leaf_sum, part_top, part_out, scale, q_head, raw_page,
-                raw_kind, raw_slot, entry, number * share, gl.minimum(number * share + share, chosen_leaves), position, position * 0,
-                chosen, order, num_blocks, GROUP, SIZE, PAGE, 0, ALL_LEAVES, LEAVES, True,
-            )  # fmt: skip
+    chosen = gl.load(selection + entry * NUM + order, mask=order < NUM * (1 - step), other=-1).to(gl.int32)
+    wanted = (length > 0) & (number * share < leaves)
+    if ONCE:
+        wanted = wanted & ((step == 0) | (position >= WINDOW) | (position >= NUM * SIZE))
+    if wanted:
+        walk_blocks(
+            q_rows, raw + row * raw_head, table, tiles, leaf_top, leaf_sum, part_top, part_out, scale, q_head, raw_page, raw_kind, raw_slot, entry,
+            number * share, gl.minimum(number * share + share, leaves), position, lowest, chosen, first, step, first_leaf, order, num_blocks,
+            GROUP, SIZE, PAGE, ALL_LEAVES, LEAVES,
+        )  # fmt: skip
 
 
 def blocks(arguments: tuple[Any, ...], q: torch.Tensor, heads: int, constants: dict[str, Any]) -> None:
@@ -264,8 +267,10 @@ def blocks(arguments: tuple[Any, ...], q: torch.Tensor, heads: int, constants: d
     wanted = ceil_div(3 * num_processors(q.device), entries)
     parts = (constants["ALL_LEAVES"] - chosen) // leaves, chosen // leaves
     programs = [next(n for n in range(min(wanted, count), count + 1) if count % n == 0) for count in parts]
+    rows = max(8, next_power_of_two(num_heads // heads))
+    small = rows <= 16 and max(constants["DK"], constants["DV"]) <= 128
     launch(
         hopper_blocks_kernel, (entries * sum(programs),), *arguments, *programs, num_new,
-        **constants, ROWS=max(8, next_power_of_two(num_heads // heads)), STAGES=1 if leaves == 1 and programs[1] == parts[1] else 2,
-        num_warps=4, enable_fp_fusion=False,
+        **constants, ROWS=rows, STAGES=1 if leaves == 1 and programs[1] == parts[1] else 2,
+        num_warps=4, maxnreg=MAX_REGISTERS if small else None, enable_fp_fusion=False,
     )  # fmt: skip

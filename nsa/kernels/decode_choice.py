@@ -1,6 +1,6 @@
 """The choice of blocks in a decode step, and what its kernels have in common with those that attend; see `nsa.kernels.decode`.
 
-`score_kernel` and `pick_kernel` in small batches, `choose_kernel` in large ones. `PDL`: as in decode_kernels.py.
+`choose_kernel`, or `score_kernel` and `pick_kernel` for tables too long for it. `PDL`: as in decode_kernels.py.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from nsa.attention import RECOMPUTE as RECOMPUTE_MARK
 NOTHING = tl.constexpr(-1.0e6)
 """Stands for the logit (base 2) of what is not visible."""
 RECOMPUTE = tl.constexpr(RECOMPUTE_MARK)
+AT_ONCE = tl.constexpr(8)
+"""Heads whose scores are on their way at once."""
 STATISTICS = tl.constexpr(32)
 """Leaves whose maxima, sums and outputs are read at once."""
 
@@ -41,70 +43,73 @@ def add_sum(total, top, sums, tops):
 
 
 @triton.jit
-def store_statistics(leaf_top, leaf_sum, row_stats, rows, real, num_leaves, filled_leaves):
-    """Of some rows, to `row_stats` `[…, 2]`: the top of their leaves, and 1 / their sum relative to it (0 where nothing is visible)."""
-    leaf = tl.arange(0, STATISTICS)
+def load_statistics(leaf_top, leaf_sum, rows, real, start, num_leaves, filled_leaves):
+    """Tops and sums `[STATISTICS, rows]` of some rows' leaves from `start` on."""
+    leaf = start + tl.arange(0, STATISTICS)
+    read = (leaf < filled_leaves)[:, None] & real[None, :]
+    spots = (rows * num_leaves)[None, :] + leaf[:, None]
+    return tl.load(leaf_top + spots, mask=read, other=NOTHING), tl.load(leaf_sum + spots, mask=read, other=0.0)
+
+
+@triton.jit
+def store_statistics(leaf_top, leaf_sum, row_stats, rows, real, tops, sums, num_leaves, filled_leaves):
+    """Of some rows, to `row_stats` `[…, 2]`: the top of their leaves, and 1 / their sum relative to it (0 where nothing is visible).
+
+    `tops`, `sums`: those of the first leaves."""
     top, total = tl.full(rows.shape, NOTHING, tl.float32), tl.zeros(rows.shape, tl.float32)
     for start in range(0, filled_leaves, STATISTICS):
-        read = (start + leaf < filled_leaves)[:, None] & real[None, :]
-        spots = (rows * num_leaves)[None, :] + (start + leaf)[:, None]
-        tops = tl.load(leaf_top + spots, mask=read, other=NOTHING)
-        sums = tl.load(leaf_sum + spots, mask=read, other=0.0)
         both = tl.maximum(top, tl.max(tops, 0))
         total, top = total * power_of_two(top - both) + tree_sum(sums * power_of_two(tops - both[None, :])), both
+        tops, sums = load_statistics(leaf_top, leaf_sum, rows, real, start + STATISTICS, num_leaves, filled_leaves)
     tl.store(row_stats + 2 * rows, top, mask=real)
     tl.store(row_stats + 2 * rows + 1, tl.where(total > 0.0, 1.0 / tl.where(total > 0.0, total, 1.0), 0.0), mask=real)
 
 
 @triton.jit
-def load_shares(leaf_top, leaf_edge, scores, row_stats, row, leaf, group, real, num_leaves, filled_leaves, FIRST: tl.constexpr, GROUPS: tl.constexpr):
-    """What one head's part of the scores is made of; `add_shares` adds it."""
-    place = row * num_leaves + leaf
-    inside, follows = real & (leaf < filled_leaves), real & (leaf + 1 < filled_leaves)
-    share = tl.load(scores + place * GROUPS + group, mask=inside & (group >= 0), other=0.0)
-    share_top = tl.load(leaf_top + place, mask=inside, other=NOTHING)
-    edge, edge_top = share_top, share_top
-    if FIRST > 0:
-        edge = tl.load(leaf_edge + place + 1, mask=follows, other=0.0)
-        edge_top = tl.load(leaf_top + place + 1, mask=follows, other=NOTHING)
-    return (
-        share,
-        share_top,
-        edge,
-        edge_top,
-        tl.load(row_stats + 2 * row, mask=real, other=0.0),
-        tl.load(row_stats + 2 * row + 1, mask=real, other=0.0),
-    )
-
-
-@triton.jit
-def add_shares(score, share, share_top, edge, edge_top, top, inverse, group, FIRST: tl.constexpr, GROUPS: tl.constexpr):
-    """`score` plus one head's part, as `load_shares` returns it."""
-    share *= power_of_two(share_top - top)
-    if FIRST > 0:
-        share += tl.where(group == GROUPS - 1, edge * power_of_two(edge_top - top), 0.0)
-    return score + share * inverse
-
-
-@triton.jit
-def leaf_scores(
-    leaf_top, leaf_edge, scores, row_stats, first_row, first_leaf, num_leaves, filled_leaves, GROUP: tl.constexpr, FIRST: tl.constexpr,
-    GROUPS: tl.constexpr, LEAVES: tl.constexpr,
+def load_shares(
+    leaf_top, leaf_edge, scores, first_row, first_leaf, num_leaves, filled_leaves, HEAD: tl.constexpr, END: tl.constexpr,
+    FIRST: tl.constexpr, GROUPS: tl.constexpr, LEAVES: tl.constexpr,
 ):  # fmt: skip
-    """Scores `[LEAVES, GROUPS]` of the blocks of some leaves: the heads' shares, added in their order, read four heads at a time."""
+    """What the parts of heads [HEAD, END) of some leaves' scores are made of, all on its way at once: `add_shares` makes scores of it."""
     leaf, group = first_leaf + tl.arange(0, LEAVES)[:, None], tl.arange(0, GROUPS)[None, :]
-    score = tl.zeros([LEAVES, GROUPS], tl.float32)
-    for member in range(0, GROUP, 4):
-        row = first_row + member
-        a = load_shares(leaf_top, leaf_edge, scores, row_stats, row, leaf, group, True, num_leaves, filled_leaves, FIRST, GROUPS)
-        b = load_shares(leaf_top, leaf_edge, scores, row_stats, row + 1, leaf, group, member + 1 < GROUP, num_leaves, filled_leaves, FIRST, GROUPS)
-        c = load_shares(leaf_top, leaf_edge, scores, row_stats, row + 2, leaf, group, member + 2 < GROUP, num_leaves, filled_leaves, FIRST, GROUPS)
-        d = load_shares(leaf_top, leaf_edge, scores, row_stats, row + 3, leaf, group, member + 3 < GROUP, num_leaves, filled_leaves, FIRST, GROUPS)
-        score = add_shares(score, *a, group, FIRST, GROUPS)
-        score = add_shares(score, *b, group, FIRST, GROUPS)
-        score = add_shares(score, *c, group, FIRST, GROUPS)
-        score = add_shares(score, *d, group, FIRST, GROUPS)
+    inside, follows = leaf < filled_leaves, leaf + 1 < filled_leaves
+    shares = ()
+    for member in tl.static_range(HEAD, END):
+        place = (first_row + member) * num_leaves + leaf
+        share = tl.load(scores + place * GROUPS + group, mask=inside & (group >= 0), other=0.0)
+        share_top = tl.load(leaf_top + place, mask=inside, other=NOTHING)
+        edge, edge_top = share_top, share_top
+        if FIRST > 0:
+            edge = tl.load(leaf_edge + place + 1, mask=follows, other=0.0)
+            edge_top = tl.load(leaf_top + place + 1, mask=follows, other=NOTHING)
+        shares = shares + ((share, share_top, edge, edge_top),)  # noqa: RUF005 (Triton adds tuples, and unpacks none)
+    return shares
+
+
+@triton.jit
+def add_shares(score, shares, row_stats, first_row, HEAD: tl.constexpr, END: tl.constexpr, FIRST: tl.constexpr, GROUPS: tl.constexpr):
+    """`score` `[LEAVES, GROUPS]` plus the parts of heads [HEAD, END), added in their order."""
+    group = tl.arange(0, GROUPS)[None, :]
+    for member in tl.static_range(HEAD, END):
+        share, share_top, edge, edge_top = shares[member - HEAD]
+        top, inverse = tl.load(row_stats + 2 * (first_row + member)), tl.load(row_stats + 2 * (first_row + member) + 1)
+        share *= power_of_two(share_top - top)
+        if FIRST > 0:
+            share += tl.where(group == GROUPS - 1, edge * power_of_two(edge_top - top), 0.0)
+        score += share * inverse
     return score
+
+
+@triton.jit
+def add_turn(
+    score, leaf_top, leaf_edge, scores, row_stats, first_row, first_leaf, num_leaves, filled_leaves, TURN: tl.constexpr, GROUP: tl.constexpr,
+    FIRST: tl.constexpr, GROUPS: tl.constexpr, LEAVES: tl.constexpr,
+):  # fmt: skip
+    """`score` plus the parts of the TURN-th AT_ONCE heads."""
+    HEAD: tl.constexpr = TURN * AT_ONCE
+    END: tl.constexpr = HEAD + AT_ONCE if HEAD + AT_ONCE < GROUP else GROUP
+    shares = load_shares(leaf_top, leaf_edge, scores, first_row, first_leaf, num_leaves, filled_leaves, HEAD, END, FIRST, GROUPS, LEAVES)
+    return add_shares(score, shares, row_stats, first_row, HEAD, END, FIRST, GROUPS)
 
 
 @triton.jit(do_not_specialize=["num_leaves", "num_chunks", "programs"])
@@ -137,15 +142,19 @@ def score_kernel(
     filled_leaves = tl.cdiv(length // STRIDE, GROUPS * PER_BLOCK)
     first_row = ((batch * HEADS + head) * num_new + query) * GROUP
     member = tl.arange(0, GROUP2)
+    tops, sums = load_statistics(leaf_top, leaf_sum, first_row + member, member < GROUP, 0, num_leaves, filled_leaves)
     # Programs of other chunks write the same numbers.
-    store_statistics(leaf_top, leaf_sum, row_stats, first_row + member, member < GROUP, num_leaves, filled_leaves)
+    store_statistics(leaf_top, leaf_sum, row_stats, first_row + member, member < GROUP, tops, sums, num_leaves, filled_leaves)
     tl.debug_barrier()
     LEAVES: tl.constexpr = (CHUNK + GROUPS - 1) // GROUPS
     for chunk in range(first_chunk, current // CHUNK + 1, programs):
         blocks = chunk * CHUNK + column
-        score = leaf_scores(
-            leaf_top, leaf_edge, scores, row_stats, first_row, chunk * LEAVES, num_leaves, filled_leaves, GROUP, FIRST, GROUPS, LEAVES
-        )
+        score = tl.zeros([LEAVES, GROUPS], tl.float32)
+        for turn in tl.static_range((GROUP + AT_ONCE - 1) // AT_ONCE):
+            score = add_turn(
+                score, leaf_top, leaf_edge, scores, row_stats, first_row, chunk * LEAVES, num_leaves, filled_leaves, turn, GROUP, FIRST, GROUPS,
+                LEAVES,
+            )  # fmt: skip
         score = tl.reshape(score, (CHUNK,))
 
         forced = (blocks < NUM_INIT) | (blocks > current - NUM_LOCAL)
@@ -214,13 +223,13 @@ def choose_kernel(
     num_leaves, num_new,
     HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP2: tl.constexpr, STRIDE: tl.constexpr, FIRST: tl.constexpr,
     PER_BLOCK: tl.constexpr, GROUPS: tl.constexpr, LEAVES: tl.constexpr, SIZE: tl.constexpr, NUM: tl.constexpr, NUM2: tl.constexpr,
-    NUM_INIT: tl.constexpr, NUM_LOCAL: tl.constexpr, GIVEN: tl.constexpr, PDL: tl.constexpr,
+    NUM_INIT: tl.constexpr, NUM_LOCAL: tl.constexpr, GIVEN: tl.constexpr, LATE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """`score_kernel` and `pick_kernel` in one, for batches that fill the GPU with a program for each query and KV head: the selection.
+    """The selection: a program for each query and KV head.
 
-    The scores of all blocks lie in registers; the NUM-th best is found two bits at a time, and of blocks that equal it the first ones
-    are taken."""
-    if PDL:
+    The scores of all blocks lie in registers; the NUM-th best is found by trying two numbers at a time, and of blocks that equal it the
+    first ones are taken. LATE: what comes next is launched once the compressed tokens are done, not beside them."""
+    if PDL and not LATE:
         gdc_launch_dependents()
     head, query, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     length = tl.load(seq_lens + batch).to(tl.int32)
@@ -234,6 +243,8 @@ def choose_kernel(
         replay = (length > 0) & (tl.load(row).to(tl.int32) != RECOMPUTE)
     if PDL:
         gdc_wait()
+        if LATE:
+            gdc_launch_dependents()
     if replay | (length == 0) | (current < NUM):
         chosen = tl.where((order <= current) & (length > 0), order, -1)
         if GIVEN:
@@ -244,29 +255,50 @@ def choose_kernel(
     filled_leaves = tl.cdiv(length // STRIDE, GROUPS * PER_BLOCK)
     first_row = ((batch * HEADS + head) * num_new + query) * GROUP
     member = tl.arange(0, GROUP2)
-    store_statistics(leaf_top, leaf_sum, row_stats, first_row + member, member < GROUP, num_leaves, filled_leaves)
+    FEW: tl.constexpr = AT_ONCE if AT_ONCE < GROUP else GROUP
+    # Statistics first, as what follows needs them first.
+    tops, sums = load_statistics(leaf_top, leaf_sum, first_row + member, member < GROUP, 0, num_leaves, filled_leaves)
+    shares = load_shares(leaf_top, leaf_edge, scores, first_row, 0, num_leaves, filled_leaves, 0, FEW, FIRST, GROUPS, LEAVES)
+    store_statistics(leaf_top, leaf_sum, row_stats, first_row + member, member < GROUP, tops, sums, num_leaves, filled_leaves)
     tl.debug_barrier()
-    score = leaf_scores(leaf_top, leaf_edge, scores, row_stats, first_row, 0, num_leaves, filled_leaves, GROUP, FIRST, GROUPS, LEAVES)
+    score = add_shares(tl.zeros([LEAVES, GROUPS], tl.float32), shares, row_stats, first_row, 0, FEW, FIRST, GROUPS)
+    for turn in tl.static_range(1, (GROUP + AT_ONCE - 1) // AT_ONCE):
+        score = add_turn(score, leaf_top, leaf_edge, scores, row_stats, first_row, 0, num_leaves, filled_leaves, turn, GROUP, FIRST, GROUPS, LEAVES)
     block = tl.arange(0, LEAVES * GROUPS)
     bits = tl.reshape(score, (LEAVES * GROUPS,)).to(tl.int32, bitcast=True)
     bits = tl.where((block < NUM_INIT) | (block > current - NUM_LOCAL), 0x7F800000, bits)
     bits = tl.where(block <= current, bits, -1)
-    least = 0  # the greatest number that NUM blocks reach
-    for step in range(16):
-        unit = 1 << (30 - 2 * step)
-        reach = (bits >= least + unit).to(tl.int64)
-        if step > 0:
-            reach += ((bits >= least + 2 * unit).to(tl.int64) << 20) + ((bits >= least + 3 * unit).to(tl.int64) << 40)
-        counts = tl.sum(reach, 0)
-        least += unit * (
-            ((counts & 0xFFFFF) >= NUM).to(tl.int32) + ((counts >> 20 & 0xFFFFF) >= NUM).to(tl.int32) + ((counts >> 40) >= NUM).to(tl.int32)
-        )
-    above = bits > least
-    equal = bits == least
-    left = NUM - tl.sum(above.to(tl.int32), 0)
-    taken = above | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= left))
+    # A number that just NUM blocks reach, or the greatest that NUM do. `least` is reached by NUM and `beyond` by fewer; between them two
+    # numbers are tried at a time: first not far below the best score, then further and further down, then at the thirds.
+    best = tl.max(tl.where(bits < 0x7F800000, bits, -1), 0)
+    beyond = best + 1 if NUM_INIT + NUM_LOCAL < NUM else best * 0 + 0x7F800001
+    least, found, way = best * 0, best * 0, best * 0 + (1 << 22)
+    while (found != NUM) & (beyond - least > 1):
+        third = (beyond - least) // 3
+        upper, lower = least + third * 2, least + third
+        if least == 0:
+            upper = tl.maximum(beyond - way, 1)
+            lower = tl.maximum(upper - way * 4, 1)
+            way = tl.minimum(way, 1 << 24) * 16
+        upper, lower = tl.maximum(upper, least + 1), tl.maximum(lower, least + 1)
+        counts = tl.sum((bits >= lower).to(tl.int32) + ((bits >= upper).to(tl.int32) << 16), 0)
+        if (counts >> 16) >= NUM:
+            least = upper
+            found = counts >> 16
+        else:
+            beyond = upper
+            if (counts & 0xFFFF) >= NUM:
+                least = lower
+                found = counts & 0xFFFF
+            else:
+                beyond = lower
+    taken = bits >= least
+    if found != NUM:
+        equal = bits == least
+        left = NUM - tl.sum((bits > least).to(tl.int32), 0)
+        taken = (bits > least) | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= left))
     place = tl.cumsum(taken.to(tl.int32), 0) - 1
-    tl.store(target + place, block.to(selection.dtype.element_ty), mask=taken)
+    tl.store(target + place, block.to(selection.dtype.element_ty), mask=taken & (place < NUM))  # more where scores are NaN
 
 
 @triton.jit(do_not_specialize=["num_chunks"])

@@ -27,8 +27,6 @@ STAGES = 3
 """Leaves of compressed tokens in shared memory at a time."""
 MAX_SHARE = 4
 """Neighbouring sequences that a program serves at most."""
-MIN_SHARED = 128
-"""From this many sequences × KV heads on programs serve several sequences; in smaller batches there would be too few of them."""
 SHARED_MEMORY = 227 << 10
 """Bytes of shared memory that the programs of an SM have between them."""
 NOTHING = gl.constexpr(-1.0e6)
@@ -105,6 +103,31 @@ def pages_of(table, leaf, limit, LEAF: gl.constexpr, PER_PAGE: gl.constexpr, LAY
 
 
 @gluon.jit
+def store_shares(leaf_edge, scores, weights, place, written, leaf, num_leaves, FIRST: gl.constexpr, PER_BLOCK: gl.constexpr):
+    """What the weights `[keys, rows]` of a leaf give to the scores of its blocks, and to that of the block before it."""
+    LEAF: gl.constexpr = weights.shape[0]
+    ROWS: gl.constexpr = weights.shape[1]
+    GROUPS: gl.constexpr = LEAF // PER_BLOCK
+    WARPS: gl.constexpr = gl.num_warps()
+    LANES: gl.constexpr = 32 if GROUPS > 32 else GROUPS
+    by_group: gl.constexpr = gl.BlockedLayout([PER_BLOCK, 1], [LANES, 32 // LANES], [1, WARPS], [0, 1])
+    of_group: gl.constexpr = gl.BlockedLayout([1, 1], [LANES, 32 // LANES], [1, WARPS], [0, 1])
+    spread = gl.convert_layout(weights, by_group)
+    within = (gl.arange(0, LEAF, layout=gl.SliceLayout(1, by_group)) % PER_BLOCK)[:, None]
+    number = gl.arange(0, GROUPS, layout=gl.SliceLayout(1, of_group))[:, None]
+    own = gl.sum((spread * gl.minimum(within + 1, FIRST + 1).to(gl.float32)).reshape([GROUPS, PER_BLOCK, ROWS]), 1)
+    score = gl.convert_layout(own, of_group)
+    at = (place * num_leaves + leaf)[None, :]
+    if FIRST > 0:
+        before = gl.sum((spread * gl.maximum(FIRST - within, 0).to(gl.float32)).reshape([GROUPS, PER_BLOCK, ROWS]), 1)
+        before = gl.convert_layout(before, of_group)
+        gl.store(leaf_edge + at + number * 0, before, mask=written[None, :] & (number == 0))
+        following = gl.gather(before, gl.minimum(number + 1, GROUPS - 1) + (place * 0).to(gl.int32)[None, :], 0)
+        score += gl.where(number < GROUPS - 1, following, 0.0)
+    gl.store(scores + at * GROUPS + number, score, mask=written[None, :] & (number >= 0))
+
+
+@gluon.jit
 def walk_leaves(
     cmp, table, tiles, rows, leaf_top, leaf_sum, leaf_edge, part_top, part_out, scores, scale, cmp_page, cmp_slot, num_leaves, num_parts,
     num_slots, begin, end, only, pages,
@@ -119,14 +142,10 @@ def walk_leaves(
     LEAF: gl.constexpr = keys.type.shape[1]
     DV: gl.constexpr = values.type.shape[2]
     ROWS: gl.constexpr = queries.type.shape[0]
-    GROUPS: gl.constexpr = LEAF // PER_BLOCK
     WARPS: gl.constexpr = gl.num_warps()
     mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, ROWS, 16])
     v_wide: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // DV, DV // 8], [WARPS, 1], [1, 0])
     page_layout: gl.constexpr = gl.SliceLayout(1, K_LAYOUT)
-    LANES: gl.constexpr = 32 if GROUPS > 32 else GROUPS
-    by_group: gl.constexpr = gl.BlockedLayout([PER_BLOCK, 1], [LANES, 32 // LANES], [1, WARPS], [0, 1])
-    of_group: gl.constexpr = gl.BlockedLayout([1, 1], [LANES, 32 // LANES], [1, WARPS], [0, 1])
     AHEAD: gl.constexpr = STAGES - 1 if STAGES > 1 else 1
     for stage in gl.static_range(AHEAD):
         copy_leaf(cmp, keys, values, pages, stage, begin + stage, num_slots, end, cmp_page, cmp_slot, K_LAYOUT, v_wide, FIRST, PER_PAGE)
@@ -155,26 +174,16 @@ def walk_leaves(
         visible = ((slots >= FIRST) & (slots < num_slots))[:, None] & ((slots * STRIDE + (STRIDE - 1))[:, None] <= positions[None, :])
         weights, top = leaf_weights(scored, visible, scale)
         weight_tile.permute((1, 0)).store(weights.to(DTYPE))
+        if SCORES and STAGES == 1:  # while V is on its way
+            store_shares(leaf_edge, scores, weights, place_g, written_g, leaf, num_leaves, FIRST, PER_BLOCK)
         async_copy.wait_group(2 * STAGES - 2)
         fence_async_shared()
         gl.thread_barrier()
         adding = warpgroup_mma(values.index(place).permute((1, 0)), weight_tile.permute((1, 0)), zeros_o, use_acc=False, is_async=True)
         gl.store(leaf_top + place_s * num_leaves + leaf, top, mask=written)
         gl.store(leaf_sum + place_s * num_leaves + leaf, gl.sum(weights, 0), mask=written)
-        if SCORES:
-            spread = gl.convert_layout(weights, by_group)
-            within = (gl.arange(0, LEAF, layout=gl.SliceLayout(1, by_group)) % PER_BLOCK)[:, None]
-            number = gl.arange(0, GROUPS, layout=gl.SliceLayout(1, of_group))[:, None]
-            own = gl.sum((spread * gl.minimum(within + 1, FIRST + 1).to(gl.float32)).reshape([GROUPS, PER_BLOCK, ROWS]), 1)
-            score = gl.convert_layout(own, of_group)
-            at = (place_g * num_leaves + leaf)[None, :]
-            if FIRST > 0:
-                before = gl.sum((spread * gl.maximum(FIRST - within, 0).to(gl.float32)).reshape([GROUPS, PER_BLOCK, ROWS]), 1)
-                before = gl.convert_layout(before, of_group)
-                gl.store(leaf_edge + at + number * 0, before, mask=written_g[None, :] & (number == 0))
-                following = gl.gather(before, gl.minimum(number + 1, GROUPS - 1) + owner_g[None, :] * 0, 0)
-                score += gl.where(number < GROUPS - 1, following, 0.0)
-            gl.store(scores + at * GROUPS + number, score, mask=written_g[None, :] & (number >= 0))
+        if SCORES and STAGES > 1:  # while the tensor cores work
+            store_shares(leaf_edge, scores, weights, place_g, written_g, leaf, num_leaves, FIRST, PER_BLOCK)
         this = warpgroup_mma_wait(0, deps=[adding])
         if STAGES == 1:
             gl.thread_barrier()
@@ -228,12 +237,13 @@ def hopper_compression_kernel(
     q_batch, q_row, q_head, cmp_page, cmp_slot, cmp_head, table_batch, num_leaves, num_parts, num_blocks, splits, batches, num_new,
     HEADS: gl.constexpr, GROUP: gl.constexpr, DK: gl.constexpr, DV: gl.constexpr, STRIDE: gl.constexpr, FIRST: gl.constexpr,
     PER_BLOCK: gl.constexpr, PER_PAGE: gl.constexpr, LEAF: gl.constexpr, ROWS: gl.constexpr, LEAVES: gl.constexpr, STAGES: gl.constexpr,
-    SHARE: gl.constexpr, LONE: gl.constexpr, SCORES: gl.constexpr, PDL: gl.constexpr,
+    SHARE: gl.constexpr, APART: gl.constexpr, LONE: gl.constexpr, SCORES: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """Writes what `decode_kernels.compression_kernel` writes.
 
     `splits` programs serve SHARE neighbouring sequences. Each takes a share of the leaves that are the same pages for all of them, for all
-    of their rows, and then a share of the other leaves of each of them. LONE (SHARE 1): a program for each LEAVES leaves."""
+    of their rows, and then a share of the other leaves of SHARE / APART of them; APART divides SHARE and `splits`. LONE (SHARE 1): a program
+    for each LEAVES leaves."""
     DTYPE: gl.constexpr = q.dtype.element_ty
     WARPS: gl.constexpr = gl.num_warps()
     GROUPS: gl.constexpr = LEAF // PER_BLOCK
@@ -277,8 +287,11 @@ def hopper_compression_kernel(
         common = shared_leaves(block_table, seq_lens, table_batch, first, batches, LEAF, PER_PAGE, STRIDE, SHARE) // LEAVES * LEAVES
     async_copy.async_copy_global_to_shared(queries, q_rows[:, None] + dk[None, :], mask=there[:, None])
     async_copy.commit_group()
-    # A share of the common leaves (-1), then one of those of each sequence.
-    for only in range(-1 if SHARE > 1 else 0, SHARE):
+    # A share of the common leaves (-1), then of those of each of its own sequences.
+    for turn in range(-1 if SHARE > 1 else 0, SHARE // APART):
+        alone = gl.minimum(turn + 1, 1)
+        only = alone * (split % APART + turn * APART + 1) - 1
+        number, shares = split // (1 + alone * (APART - 1)), splits // (1 + alone * (APART - 1))
         member = gl.minimum(first + gl.maximum(only, 0), batches - 1)
         table = block_table + member.to(gl.int64) * table_batch
         num_slots = gl.load(seq_lens + member).to(gl.int32) // STRIDE
@@ -288,12 +301,10 @@ def hopper_compression_kernel(
             end = gl.minimum(begin + LEAVES, filled_leaves)
             pages = lone_pages
         else:
-            start = 0
-            if SHARE > 1:
-                start = gl.where(only < 0, 0, common)
-                filled_leaves = gl.where(only < 0, common, filled_leaves)
-            share = gl.cdiv(gl.cdiv(filled_leaves - start, LEAVES), splits) * LEAVES
-            begin = start + split * share
+            start = common * alone
+            filled_leaves = gl.where(only < 0, common, filled_leaves)
+            share = gl.cdiv(gl.cdiv(filled_leaves - start, LEAVES), shares) * LEAVES
+            begin = start + number * share
             end = gl.minimum(begin + share, filled_leaves)
             pages = pages_of(table, begin, num_slots, LEAF, PER_PAGE, page_layout)
         if (begin < end) & (first + only < batches):
@@ -324,15 +335,18 @@ def compression(arguments: tuple[Any, ...], q: torch.Tensor, heads: int, num_par
     own = num_new * num_heads // heads
     rows, processors, ring = max(16, next_power_of_two(own)), num_processors(q.device), STAGES
     lone = constants["LEAVES"] == 1 and batch * heads * num_parts <= 2 * processors
-    share = min(MAX_SHARE, rows // own) if batch * heads >= MIN_SHARED and not lone else 1
+    share = 1 if lone or batch == 1 else min(MAX_SHARE, rows // own)
     if lone:
-        splits, ring = num_parts, 1
+        splits, apart, ring = num_parts, 1, 1
     else:
-        while ring > 1 and smem_bytes(ring, constants["LEAF"], rows, key_dim, constants["DV"]) > SHARED_MEMORY:
+        # Two programs on an SM, whatever that leaves of the ring: one reads while the other begins or ends.
+        while ring > 1 and 2 * smem_bytes(ring, constants["LEAF"], rows, key_dim, constants["DV"]) > SHARED_MEMORY:
             ring -= 1
         room = SHARED_MEMORY // smem_bytes(ring, constants["LEAF"], rows, key_dim, constants["DV"])
-        splits = splits_of(ceil_div(batch, share) * heads, num_parts, processors * max(1, min(2, room)))
+        groups, slots = ceil_div(batch, share) * heads, processors * max(1, min(2, room))
+        apart = next((n for n in (share, 2) if share % n == 0 and groups * n <= slots), 1)
+        splits = apart * splits_of(groups * apart, num_parts, slots)
     launch(
         hopper_compression_kernel, (heads * splits, ceil_div(batch, share)), *arguments, splits, batch, num_new,
-        **constants, ROWS=rows, STAGES=ring, SHARE=share, LONE=lone, num_warps=4, enable_fp_fusion=False,
+        **constants, ROWS=rows, STAGES=ring, SHARE=share, APART=apart, LONE=lone, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip

@@ -142,7 +142,7 @@ def tiles(call: Decode, **changes) -> DecodeTiles:
 @pytest.mark.parametrize(("leaf", "chunk"), [(16, 32), (32, 16), (128, 256)])
 @pytest.mark.parametrize("at_once", [False, True])
 def test_many_leaves_and_chunks(monkeypatch, leaf, chunk, at_once):
-    monkeypatch.setattr(decode, "MIN_CHOSEN", 1 if at_once else 10**9)
+    monkeypatch.setattr(decode, "MAX_CHOSEN", 32768 if at_once else 0)
     inputs = make_inputs(tiny_config(num_selected_blocks=6).sparsity, lengths=[1100, 60], num_kv_heads=1, group_size=2)
     call = prepare(inputs)
     assert_matches_oracle(call, tiles=tiles(call, leaf=leaf, chunk=chunk))
@@ -165,7 +165,7 @@ def test_how_many_leaves_a_program_takes_and_the_table_width_change_no_bit():
 
 @pytest.mark.parametrize("at_once", [False, True])
 def test_ties_go_to_the_lower_block(monkeypatch, at_once):
-    monkeypatch.setattr(decode, "MIN_CHOSEN", 1 if at_once else 10**9)
+    monkeypatch.setattr(decode, "MAX_CHOSEN", 32768 if at_once else 0)
     inputs = make_inputs(tiny_config().sparsity, lengths=[512], num_kv_heads=1).to(requires_grad=False)
     for key, value in (inputs.kv.cmp, inputs.kv.slc):
         key.copy_(key[:1].expand_as(key))
@@ -178,7 +178,7 @@ def test_ties_go_to_the_lower_block(monkeypatch, at_once):
 @pytest.mark.parametrize("at_once", [False, True])
 def test_equal_keys_tie_though_their_leaves_have_other_maxima(monkeypatch, at_once):
     """Blocks 5 and 40 hold the same keys, of logit 6.8 (base 2), and one place is free. In the leaf of block 40 there is a logit of 7.2."""
-    monkeypatch.setattr(decode, "MIN_CHOSEN", 1 if at_once else 10**9)
+    monkeypatch.setattr(decode, "MAX_CHOSEN", 32768 if at_once else 0)
     config = tiny_config(compressor="mean", compress_block_size=4, compress_stride=4).sparsity
     inputs = make_inputs(config, lengths=[512], num_kv_heads=1, group_size=1, kv="separate").to(requires_grad=False)
     keys, query = inputs.kv.cmp[0], inputs.q[-1]
@@ -189,6 +189,28 @@ def test_equal_keys_tie_though_their_leaves_have_other_maxima(monkeypatch, at_on
     call = prepare(inputs)
     _, chosen = call.run(tiles=tiles(call, leaf=16, chunk=16))
     assert chosen.tolist() == [[[[0, 5, 62, 63]]]]
+
+
+@pytest.mark.parametrize("kind", ["normal", "wide", "flat", "zero", "few", "ties", "infinite"])
+def test_the_best_scores_are_chosen_however_they_are_spread(kind):
+    """One head's scores of 250 blocks, given to the kernel: 1 initial and 2 local blocks, and the 13 best others, ties to the lower block."""
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.randn(256, generator=generator)
+    scores = {
+        "normal": draws.abs(), "wide": torch.exp(12 * draws), "flat": 1 + 1e-4 * draws, "zero": 0 * draws, "few": (draws > 2).float(),
+        "ties": (2 * draws).abs().round() / 4, "infinite": torch.where(draws > 1.0, torch.inf, draws.abs()),
+    }[kind]  # fmt: skip
+    ranked = scores[:250].clone()
+    ranked[[0, 248, 249]] = torch.inf
+    expected = ranked.sort(descending=True, stable=True).indices[:16].sort().values
+    zeros, selection = torch.zeros(8, device=DEVICE), torch.full((2, 16), -7, dtype=torch.int32, device=DEVICE)
+    decode.launch(
+        decode.choose_kernel, (1, 1, 1), zeros, zeros + 0.125, zeros, scores.to(DEVICE), torch.empty(2, device=DEVICE), selection, selection,
+        torch.tensor([250 * 64], device=DEVICE), 0, 0, 0, 0, 8, 1, HEADS=1, GROUP=1, GROUP2=1, STRIDE=16, FIRST=0, PER_BLOCK=4, GROUPS=32,
+        LEAVES=8, SIZE=64, NUM=16, NUM2=16, NUM_INIT=1, NUM_LOCAL=2, GIVEN=False, LATE=False, PDL=False, num_warps=4, enable_fp_fusion=False,
+    )  # fmt: skip
+    assert torch.equal(selection[0].cpu(), expected.int())
+    assert (selection[1] == -7).all()
 
 
 def test_a_given_selection_is_replayed_and_rows_of_minus_2_choose():
@@ -236,7 +258,7 @@ def test_where_the_best_blocks_are_ranked_changes_no_bit(monkeypatch, replays):
         given[0, :, 1] = torch.tensor([1, 4, 7, -1], device=DEVICE)
     results, launched = [], []
     monkeypatch.setattr(decode, "launch", lambda kernel, *a, real=decode.launch, **k: (launched.append(kernel), real(kernel, *a, **k)))
-    for least in ({"MIN_CHOSEN": 24}, {"MIN_CHOSEN": 25, "MIN_PICKED": 24}, {"MIN_CHOSEN": 25, "MIN_PICKED": 25}):
+    for least in ({"MAX_CHOSEN": 32768}, {"MAX_CHOSEN": 0, "MIN_PICKED": 24}, {"MAX_CHOSEN": 0, "MIN_PICKED": 25}):
         for name, value in least.items():
             monkeypatch.setattr(decode, name, value)
         results.append(call.run(selection=given, tiles=tiles(call, leaf=16, chunk=16)))
@@ -510,14 +532,12 @@ def random_call(num_heads, num_kv_heads, key_dim, value_dim, dtype, num_new, len
 
 def test_sequences_that_share_a_prompt(monkeypatch):
     """Neighbours with the same first pages: their common leaves are read once for all of them."""
-    decode_hopper = pytest.importorskip("nsa.kernels.decode_hopper")
     call = wide_call([9000, 4300], group_size=4)
     shared = replace(call.part([0, 0, 0, 0, 1, 0, 0]), seq_lens=torch.tensor([9000, 8997, 6200, 8999, 4300, 8800, 5], device=DEVICE))
     table = shared.block_table.clone()
     table[3, 100:130] = table[0, 100:130].flip(0)
     shared = replace(shared, block_table=table, q=torch.cat([shared.q[:4].roll(1, 2), shared.q[4:]]))
     expected, blocks = on_triton(monkeypatch, shared)
-    monkeypatch.setattr(decode_hopper, "MIN_SHARED", 1)
     for processors in (1, 40):
         with hopper(monkeypatch, processors=processors):
             out, chosen = shared.run()
@@ -536,8 +556,8 @@ def test_hopper_kernels_replay_a_selection(monkeypatch):
     given = torch.full((3, 1, 1, 3), -2, device=DEVICE)
     given[0] = torch.tensor([2, 5, -1], device=DEVICE)
     expected, blocks = on_triton(monkeypatch, call, selection=given)
-    for least in (1, 10**9):
-        monkeypatch.setattr(decode, "MIN_CHOSEN", least)
+    for most in (32768, 0):
+        monkeypatch.setattr(decode, "MAX_CHOSEN", most)
         with hopper(monkeypatch):
             out, chosen = call.run(selection=given)
         assert torch.equal(chosen, blocks)
