@@ -267,7 +267,7 @@ def choose_kernel(
     block = tl.arange(0, LEAVES * GROUPS)
     bits = tl.reshape(score, (LEAVES * GROUPS,)).to(tl.int32, bitcast=True)
     bits = tl.where((block < NUM_INIT) | (block > current - NUM_LOCAL), 0x7F800000, bits)
-    bits = tl.where(block <= current, bits, -1)
+    bits = tl.where(block <= current, tl.maximum(bits, 0), -1)  # scores are >= 0 or NaN: whatever they are, NUM blocks are chosen
     # A number that just NUM blocks reach, or the greatest that NUM do. `least` is reached by NUM and `beyond` by fewer; between them two
     # numbers are tried at a time: first not far below the best score, then further and further down, then at the thirds.
     best = tl.max(tl.where(bits < 0x7F800000, bits, -1), 0)

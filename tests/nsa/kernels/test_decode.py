@@ -203,14 +203,29 @@ def test_the_best_scores_are_chosen_however_they_are_spread(kind):
     ranked = scores[:250].clone()
     ranked[[0, 248, 249]] = torch.inf
     expected = ranked.sort(descending=True, stable=True).indices[:16].sort().values
+    assert torch.equal(choose(scores), expected.int())
+
+
+def choose(scores: torch.Tensor) -> torch.Tensor:
+    """16 of 250 blocks, chosen by the kernel from one head's scores `[256]`; it writes nothing else."""
     zeros, selection = torch.zeros(8, device=DEVICE), torch.full((2, 16), -7, dtype=torch.int32, device=DEVICE)
     decode.launch(
         decode.choose_kernel, (1, 1, 1), zeros, zeros + 0.125, zeros, scores.to(DEVICE), torch.empty(2, device=DEVICE), selection, selection,
         torch.tensor([250 * 64], device=DEVICE), 0, 0, 0, 0, 8, 1, HEADS=1, GROUP=1, GROUP2=1, STRIDE=16, FIRST=0, PER_BLOCK=4, GROUPS=32,
         LEAVES=8, SIZE=64, NUM=16, NUM2=16, NUM_INIT=1, NUM_LOCAL=2, GIVEN=False, LATE=False, PDL=False, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
-    assert torch.equal(selection[0].cpu(), expected.int())
     assert (selection[1] == -7).all()
+    return selection[0].cpu()
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("share", [0.05, 0.5, 1.0])
+def test_scores_that_are_not_numbers_choose_blocks_that_exist(sign, share):
+    scores = torch.rand(256, generator=torch.Generator().manual_seed(1))
+    nan = torch.copysign(torch.tensor(torch.nan), torch.tensor(sign))
+    chosen = choose(torch.where(torch.rand(256, generator=torch.Generator().manual_seed(2)) < share, nan, scores)).tolist()
+    assert chosen == sorted(set(chosen))
+    assert chosen[0] >= 0 and chosen[-1] < 250
 
 
 def test_a_given_selection_is_replayed_and_rows_of_minus_2_choose():
