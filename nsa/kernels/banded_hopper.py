@@ -73,8 +73,8 @@ def visible(keys, positions, STRIDE: gl.constexpr, OFFSET: gl.constexpr, WINDOW:
 
 @gluon.jit
 def clear_rows(tile, first, count, LAYOUT: gl.constexpr):
-    """Zeros in those of a shared tile's 64 rows, the first of which is row `first` of a tensor of `count` rows, that come after the last."""
-    present = first + gl.arange(0, 64, layout=gl.SliceLayout(1, LAYOUT)) < count
+    """Zeros in those of a shared tile's rows, the first of which is row `first` of a tensor of `count` rows, that come after the last."""
+    present = first + gl.arange(0, tile.type.shape[0], layout=gl.SliceLayout(1, LAYOUT)) < count
     value = tile.load(LAYOUT)
     tile.store(gl.where(present[:, None], value, gl.zeros_like(value)))
 

@@ -11,7 +11,7 @@ weights of exactly 0 and changes nothing in the row. Written for Triton 3.6's Gl
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
 from nsa.kernels.banded_hopper import anew, await_tile, clear_rows, copied_in_bulk, key_descriptor, num_processors, row_pointers
 from nsa.kernels.banded_hopper_dq import fill_pair
@@ -75,32 +75,18 @@ def row_weights(scores, shift, scale, block, bits, query, positions, first_posit
 
 
 @gluon.jit
-def await_block(buffers, ready, number, block, num_keys, LAYOUT: gl.constexpr):
-    """The place of the `number`-th block once it is there; keys that the sequence does not have are cleared (the other warp
-    group may write the same zeros)."""
-    keys, values = buffers
-    slot = await_tile(ready, number)
-    if block * 64 + 64 > num_keys:
-        clear_rows(keys.index(slot), block * 64, num_keys, LAYOUT)
-        clear_rows(values.index(slot), block * 64, num_keys, LAYOUT)
-        fence_async_shared()
-        gl.thread_barrier()
-    return slot
-
-
-@gluon.jit
 def gather_dq(
     acc, common, place, operands, stats, rows, columns, zeros, done,
-    WARP_GROUP: gl.constexpr, GROUP: gl.constexpr, QUERIES: gl.constexpr, OUTPUT: gl.constexpr, WIDE: gl.constexpr,
+    WARP_GROUP: gl.constexpr, GROUP: gl.constexpr, QUERIES: gl.constexpr, OUTPUT: gl.constexpr,
 ):  # fmt: skip
     """acc with the parts of a place's blocks added: the last product on its way, and the place of its keys."""
     descs, buffers, rings, _row_tiles, _tensors, _row_tensors, lists, _tables, _strides, _row_strides, score_scale, _scale, _sizes = common
     keys, values = buffers
-    ready, empty = rings
+    ready, empty, _landed = rings
     Blocks, Bits = lists
     q_rows, do_rows = operands
     shift, delta = stats
-    _head, _start, _row, _first_key, _num_queries, num_keys, position, list_at, count = place
+    _head, _start, _row, _first_key, _num_queries, _num_keys, position, list_at, count = place
     STAGES: gl.constexpr = keys.type.shape[0]
     DTYPE: gl.constexpr = descs[0].dtype
     weight_layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=OUTPUT, k_width=2)
@@ -111,7 +97,7 @@ def gather_dq(
     positions = position + query
 
     block, bits = gl.load(Blocks + list_at), gl.load(Bits + list_at)
-    slot = await_block(buffers, ready, done, block, num_keys, WIDE)
+    slot = await_tile(ready, done)
     scores = warpgroup_mma(q_rows, keys.index(slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
     d_p = warpgroup_mma(do_rows, values.index(slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
     scores = warpgroup_mma_wait(1, deps=[scores])
@@ -128,7 +114,7 @@ def gather_dq(
         next_block = gl.load(Blocks + list_at + coming)
         p = row_weights(scores, shift, score_scale, block, bits, query, positions, position, columns)
         d_p = warpgroup_mma_wait(0, deps=[d_p])
-        slot = await_block(buffers, ready, done + coming, next_block, num_keys, WIDE)
+        slot = await_tile(ready, done + coming)
         next_scores = warpgroup_mma(q_rows, keys.index(slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
         d_scores = gl.convert_layout((p * (d_p - delta[:, None])).to(DTYPE), weight_layout)
         before = (done + now) % STAGES
@@ -183,7 +169,7 @@ def dq_rows(common, WARP_GROUP: gl.constexpr, GROUP: gl.constexpr, QUERIES: gl.c
             copy_rows(result_tile, Before, place, stride_b, stride_bh, here, dims, GROUP, QUERIES)
         async_copy.commit_group()
         acc = gl.zeros([64, DIM], gl.float32, layout=mma_o)
-        adding, slot = gather_dq(acc, common, place, operands, stats, rows, columns, zeros, done, WARP_GROUP, GROUP, QUERIES, mma_o, wide)
+        adding, slot = gather_dq(acc, common, place, operands, stats, rows, columns, zeros, done, WARP_GROUP, GROUP, QUERIES, mma_o)
         done += place[8]
         next_place = unit_of(gl.minimum(index + step, num_units - 1), num_tiles, num_heads, tables, capacity)
         stats = statistics(row_tensors, row_strides[1], next_place, anew(rows, place), GROUP, QUERIES)
@@ -206,17 +192,46 @@ def dq_rows(common, WARP_GROUP: gl.constexpr, GROUP: gl.constexpr, QUERIES: gl.c
 
 
 @gluon.jit
+def fill_last(descs, buffers, rings, number, turn, row, columns, num_keys):
+    """As `fill_pair`, of a block with fewer keys than 64, the `turn`-th of them: what lies behind the keys is cleared before the block counts
+    as there."""
+    k_desc, v_desc = descs
+    keys, values = buffers
+    ready, empty, landed = rings
+    DIM: gl.constexpr = keys.type.shape[2]
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [1, 1], [1, 0])
+    slot = number % keys.type.shape[0]
+    mbarrier.wait(empty.index(slot), (number // keys.type.shape[0] & 1) ^ 1)
+    mbarrier.expect(landed.index(0), k_desc.block_type.nbytes + v_desc.block_type.nbytes)
+    tma.async_copy_global_to_shared(k_desc, [row, columns[0]], landed.index(0), keys.index(slot))
+    tma.async_copy_global_to_shared(v_desc, [row, columns[1]], landed.index(0), values.index(slot))
+    mbarrier.wait(landed.index(0), turn & 1)
+    for first in gl.static_range(0, 64, 8):  # a warp has few registers
+        if num_keys < first + 8:
+            clear_rows(keys.index(slot).slice(first, 8), first, num_keys, LAYOUT)
+            clear_rows(values.index(slot).slice(first, 8), first, num_keys, LAYOUT)
+    fence_async_shared()
+    gl.thread_barrier()
+    mbarrier.arrive(ready.index(slot), count=1)
+
+
+@gluon.jit
 def bring_blocks(common):
     """Starts the copies of every block of the program's tiles, in order, each once both warp groups have left its place."""
     descs, buffers, rings, _row_tiles, _tensors, _row_tensors, lists, tables, strides, _row_strides, _score_scale, _scale, sizes = common
-    ready, empty = rings
+    ready, empty, _landed = rings
     num_tiles, num_heads, capacity = sizes
-    done = 0
+    done, turn = 0, 0
     for index in range(gl.program_id(0), num_tiles * num_heads, gl.num_programs(0)):
-        head, _start, _row, first_key, _num_queries, _num_keys, _position, list_at, count = unit_of(index, num_tiles, num_heads, tables, capacity)
+        head, _start, _row, first_key, _num_queries, num_keys, _position, list_at, count = unit_of(index, num_tiles, num_heads, tables, capacity)
+        columns = (head * strides[0], head * strides[1])
         for i in range(count):
-            row = first_key + gl.load(lists[0] + list_at + i) * 64
-            fill_pair(descs, buffers, ready, empty, done + i, row, (head * strides[0], head * strides[1]))
+            key = gl.load(lists[0] + list_at + i) * 64
+            if key + 64 > num_keys:
+                fill_last(descs, buffers, rings, done + i, turn, first_key + key, columns, num_keys - key)
+                turn += 1
+            else:
+                fill_pair(descs, buffers, ready, empty, done + i, first_key + key, columns)
         done += count
 
 
@@ -241,10 +256,12 @@ def dq_kernel(
     for i in gl.static_range(STAGES):
         mbarrier.init(ready.index(i), count=1)
         mbarrier.init(empty.index(i), count=2)
+    landed = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(landed.index(0), count=1)
     fence_async_shared()
     common = (
-        (k_desc, v_desc), (keys, values), (ready, empty), (queries, d_outs, results), tensors, row_tensors, lists, tables, strides, row_strides,
-        score_scale, scale, (num_tiles, num_heads, capacity),
+        (k_desc, v_desc), (keys, values), (ready, empty, landed), (queries, d_outs, results), tensors, row_tensors, lists, tables, strides,
+        row_strides, score_scale, scale, (num_tiles, num_heads, capacity),
     )  # fmt: skip
     gl.warp_specialize(
         [(dq_rows, (common, 0, GROUP, QUERIES, BEFORE)), (dq_rows, (common, 1, GROUP, QUERIES, BEFORE)), (bring_blocks, (common,))],
