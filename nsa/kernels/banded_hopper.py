@@ -339,15 +339,16 @@ def takes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
     )
 
 
-def shared_layout(box: list[int], dtype: torch.dtype) -> gl.NVMMASharedLayout:
-    """How a tile lies in shared memory."""
-    return gl.NVMMASharedLayout.get_default_for(box, gl.bfloat16 if dtype == torch.bfloat16 else gl.float16)
+@lru_cache(maxsize=64)
+def shared_layout(box: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    """How a tile lies in shared memory. (Finding it takes longer than the rest of a view for the copy engine.)"""
+    return gl.NVMMASharedLayout.get_default_for(list(box), gl.bfloat16 if dtype == torch.bfloat16 else gl.float16)
 
 
 def key_descriptor(x: torch.Tensor, keys: int) -> TensorDescriptor:
     """The copy engine's view of k or v: tiles of `keys` rows of one head, whose place in a row is head · stride of heads."""
     box = [keys, x.shape[2]]
-    return TensorDescriptor(x, [x.shape[0], (x.shape[1] - 1) * x.stride(1) + x.shape[2]], [x.stride(0), 1], box, shared_layout(box, x.dtype))
+    return TensorDescriptor(x, [x.shape[0], (x.shape[1] - 1) * x.stride(1) + x.shape[2]], [x.stride(0), 1], box, shared_layout(tuple(box), x.dtype))
 
 
 @lru_cache(maxsize=8)

@@ -278,7 +278,7 @@ def takes_rows(q: torch.Tensor, d_out: torch.Tensor, group: int) -> bool:
 def row_descriptor(x: torch.Tensor, group: int) -> TensorDescriptor:
     """The copy engine's view of q or dO: tiles of 64 rows, the heads of one KV head for each query."""
     box = [64 // group, group, x.shape[2]]
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), box, shared_layout(box, x.dtype))
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), box, shared_layout(tuple(box), x.dtype))
 
 
 def dkdv(

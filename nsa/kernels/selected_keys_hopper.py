@@ -233,7 +233,7 @@ def takes(d_out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
 def query_descriptor(x: torch.Tensor, group: int) -> TensorDescriptor:
     """The copy engine's view of q or d_out: 64 columns of the heads of one KV head of one query."""
     box = [1, group, 64]
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), box, shared_layout(box, x.dtype))
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), box, shared_layout(tuple(box), x.dtype))
 
 
 def row_stats(lse: torch.Tensor, delta: torch.Tensor, gate: torch.Tensor, scale: float) -> torch.Tensor:
