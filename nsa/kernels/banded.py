@@ -23,6 +23,7 @@ from functools import lru_cache
 from typing import Literal
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 import triton
 
@@ -30,7 +31,7 @@ from nsa.blocks import num_compressed
 from nsa.config import SparsityConfig
 from nsa.kernels.banded_kernels import MAX_CHUNKS, add_chunks_kernel, dkdv_kernel, dq_kernel, forward_kernel
 from nsa.kernels.launch import LOG2_E, ceil_div, dot_precision, launch, padded
-from nsa.kernels.tiles import KernelPlan
+from nsa.kernels.tiles import KernelPlan, on_device
 
 Kernel = Literal["forward", "dq", "dkdv"]
 Kind = Literal["compression", "window"]
@@ -285,21 +286,22 @@ def key_units(band: Band, size: int, split: int) -> torch.Tensor:
     tables, key = unit_tables.setdefault(band.plan, {}), (band.kind, size, split)
     if key not in tables:
         step, offset, window = band.geometry.values()
-        units = []
-        lengths = zip(band.plan.host_query_ends.diff().tolist(), band.plan.host_key_ends.diff().tolist(), strict=True)
-        for sequence, (num_queries, num_tokens) in enumerate(lengths):
-            num_keys = num_compressed(num_tokens, band.config) if band.kind == "compression" else num_tokens
-            chunk = chunk_size(num_queries) if split else max(num_queries, 1)
-            for number in range(ceil_div(num_queries, chunk) if split else 1):
-                for start in range(0, num_keys, size):
-                    first = max(start * step + offset - (num_tokens - num_queries), number * chunk)
-                    end = min(num_queries, (number + 1) * chunk)
-                    if window:
-                        end = min(end, min(start + size, num_keys) - 1 + window - (num_tokens - num_queries))
-                    if first < end or not split:
-                        units.append((first - end, sequence, start, number))
-        units.sort(key=lambda unit: unit[0])
-        tables[key] = torch.tensor([unit[1:] for unit in units], dtype=torch.int32).view(-1, 3).to(band.plan.device, non_blocking=True)
+        num_queries, num_tokens = (ends.diff().numpy() for ends in (band.plan.host_query_ends, band.plan.host_key_ends))
+        num_keys = np.array([num_compressed(length, band.config) for length in num_tokens.tolist()]) if band.kind == "compression" else num_tokens
+        chunk = np.array([chunk_size(length) if split else max(length, 1) for length in num_queries.tolist()])
+        tiles = -(-num_keys // size)
+        counts = tiles * (-(-num_queries // chunk) if split else 1)
+        of = np.repeat(np.arange(len(counts)), counts)
+        number, tile = np.divmod(np.arange(len(of)) - np.repeat(counts.cumsum() - counts, counts), tiles[of])
+        start, ahead = tile * size, (num_tokens - num_queries)[of]
+        first = np.maximum(start * step + offset - ahead, number * chunk[of])
+        end = np.minimum(num_queries[of], (number + 1) * chunk[of])
+        if window:
+            end = np.minimum(end, np.minimum(start + size, num_keys[of]) - 1 + window - ahead)
+        order = np.argsort(first - end, kind="stable")
+        order = order[(first < end)[order]] if split else order
+        units = np.stack([of, start, number], axis=1)[order].astype(np.int32)
+        tables[key] = on_device(torch.from_numpy(units), band.plan.device)
     return tables[key]
 
 
