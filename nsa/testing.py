@@ -171,6 +171,21 @@ def cumulative(lengths: Sequence[int], device: torch.device | str = "cpu") -> Te
     return torch.tensor([0, *lengths], dtype=torch.int32, device=device).cumsum(0, dtype=torch.int32)
 
 
+def random_selection(
+    lengths: Sequence[int], query_lengths: Sequence[int], num_kv_heads: int, config: SparsityConfig, generator: torch.Generator
+) -> Tensor:  # fmt: skip
+    """int32 `[T, Hkv, n]` of visible blocks, the query's own among them: for the last query_lengths[i] tokens of sequences of lengths[i]."""
+    n = config.num_selected_blocks
+    rows: list[list[int]] = []
+    for length, num_queries in zip(lengths, query_lengths, strict=True):
+        for t in range(length - num_queries, length):
+            current = t // config.select_block_size
+            for _ in range(num_kv_heads):
+                blocks = sorted([*torch.randperm(current, generator=generator)[: n - 1].tolist(), current])
+                rows.append(blocks + [-1] * (n - len(blocks)))
+    return torch.tensor(rows, dtype=torch.int32).view(sum(query_lengths), num_kv_heads, n)
+
+
 def query_positions(inputs: AttentionInputs) -> Tensor:
     """int64 `[T]`: each query's position in its own sequence."""
     ends = inputs.cu_seqlens.tolist()

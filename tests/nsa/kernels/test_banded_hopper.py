@@ -1,21 +1,10 @@
-"""The Hopper kernels of banded attention: on a GPU beside the Triton ones, elsewhere by a stand-in for Gluon.
-
-The stand-in runs the kernels' own source on PyTorch tensors, a thread for each warp group. It is stricter than the GPU where
-that finds mistakes: a bulk copy lands at once (a place given up too late is overwritten), an asynchronous product reads its
-operands only when it is waited for (a place given up too early is overwritten), shared memory starts as NaN, and a wait
-that nothing ends is an error. It knows nothing of registers, layouts and fences.
-"""
+"""The Hopper kernels of banded attention beside the Triton ones: on a GPU, elsewhere by a stand-in for Gluon."""
 
 import contextlib
-import itertools
-import random
-import threading
-import time
-import types
-from dataclasses import dataclass, field
 
 import pytest
 import torch
+from gluon_stand_in import StandIn, gluon_functions
 
 from nsa.config import SparsityConfig
 from nsa.kernels import banded
@@ -28,234 +17,6 @@ CONFIG = SparsityConfig(compressor="mean")
 NARROW = SparsityConfig(compress_block_size=8, compress_stride=4, select_block_size=8, num_selected_blocks=4, window_size=50, compressor="mean")
 
 
-@dataclass(frozen=True)
-class Pointer:
-    """Addresses in a tensor's storage."""
-
-    storage: torch.Tensor
-    offsets: torch.Tensor
-
-    @property
-    def dtype(self):
-        return types.SimpleNamespace(element_ty=self.storage.dtype)
-
-    def __add__(self, step):
-        return Pointer(self.storage, self.offsets + step)
-
-    def __getitem__(self, key):
-        return Pointer(self.storage, self.offsets[key])
-
-
-@dataclass
-class Barrier:
-    """An mbarrier: phases end when all have arrived and all announced bytes are there."""
-
-    changed: threading.Condition
-    count: int = 0
-    arrived: int = 0
-    awaited: int = 0
-    phase: int = 0
-
-    def update(self, arrived, num_bytes):
-        with self.changed:
-            self.arrived += arrived
-            self.awaited += num_bytes
-            assert self.arrived <= self.count
-            if self.arrived == self.count and self.awaited == 0:
-                self.arrived, self.phase = 0, self.phase + 1
-                self.changed.notify_all()
-
-    def wait(self, parity):
-        with self.changed:
-            assert self.changed.wait_for(lambda: (self.phase + 1) % 2 == int(parity), timeout=20), "nothing ends this wait"
-
-
-@dataclass(frozen=True)
-class Shared:
-    """A piece of shared memory: a tensor, or a list of barriers."""
-
-    data: torch.Tensor | list[Barrier]
-
-    @property
-    def shape(self):
-        return list(self.data.shape) if isinstance(self.data, torch.Tensor) else [len(self.data)]
-
-    @property
-    def type(self):
-        return types.SimpleNamespace(shape=self.shape)
-
-    def index(self, place):
-        return Shared(self.data[int(place)]) if isinstance(self.data, torch.Tensor) else self.data[int(place)]
-
-    def slice(self, start, length):
-        return Shared(self.data[start : start + length])
-
-    def permute(self, order):
-        return Shared(self.data.permute(*order))
-
-    def load(self, _):
-        return self.data.clone()
-
-    def store(self, value):
-        self.data.copy_(value)
-
-    def _reinterpret(self, _, shape, __):
-        return Shared(self.data.view(shape))
-
-
-@dataclass
-class Product:
-    """A product on its way; computed when it is waited for."""
-
-    a: object
-    b: Shared
-    acc: object
-    value: torch.Tensor | None = None
-
-    def finish(self):
-        if self.value is None:
-            a = self.a.data if isinstance(self.a, Shared) else self.a
-            acc = 0.0 if self.acc is None else self.acc.value if isinstance(self.acc, Product) else self.acc
-            self.value = acc + a.float() @ self.b.data.float()
-
-
-@dataclass
-class Machine:
-    """What `gl`, `tma`, `mbarrier`, … stand for while one program runs."""
-
-    program: tuple[int, ...]
-    grid: tuple[int, ...]
-    changed: threading.Condition = field(default_factory=threading.Condition)
-    local: threading.local = field(default_factory=threading.local)
-
-    def names(self):
-        anything = lambda *_, **__: None  # noqa: E731
-        number = lambda x: x if isinstance(x, torch.Tensor) else torch.tensor(x)  # noqa: E731
-        gl = types.SimpleNamespace(
-            float32=torch.float32, int32=torch.int32, int64=torch.int64, static_range=range, cdiv=lambda a, b: (a + b - 1) // b,
-            program_id=lambda axis: torch.tensor(self.program[axis]), num_programs=lambda axis: self.grid[axis],
-            minimum=lambda a, b: torch.minimum(number(a), number(b)), maximum=lambda a, b: torch.maximum(number(a), number(b)),
-            where=lambda condition, a, b: torch.where(number(condition), a, b), exp2=torch.exp2, log2=torch.log2, zeros_like=torch.zeros_like,
-            max=lambda x, axis: x.amax(axis), gather=lambda x, index, axis: x.gather(axis, index.long()),
-            sum=lambda x, axis: x.sum(axis), convert_layout=lambda x, _: x,
-            zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype), arange=lambda a, b, layout: torch.arange(a, b),
-            full=lambda shape, value, dtype, layout: torch.full(shape, value, dtype=dtype), thread_barrier=anything,
-            load=self.load, store=self.store, allocate_shared_memory=self.allocate, warp_specialize=self.warp_specialize,
-            NVMMADistributedLayout=anything, DotOperandLayout=anything, BlockedLayout=anything, SliceLayout=anything, SwizzledSharedLayout=anything,
-            NVMMASharedLayout=types.SimpleNamespace(get_default_for=anything),
-        )  # fmt: skip
-        mbarrier = types.SimpleNamespace(
-            MBarrierLayout=lambda: "barriers", init=self.init, wait=lambda barrier, parity: barrier.wait(parity),
-            arrive=self.arrive, expect=lambda barrier, num_bytes: barrier.update(1, num_bytes),
-        )  # fmt: skip
-        copies = types.SimpleNamespace(async_copy_global_to_shared=self.copy_now, commit_group=anything, wait_group=anything)
-        return {
-            "gl": gl, "mbarrier": mbarrier, "async_copy": copies, "tma": types.SimpleNamespace(async_copy_global_to_shared=self.bulk_copy),
-            "fence_async_shared": anything, "warpgroup_mma": self.multiply, "warpgroup_mma_wait": self.wait_for_products,
-            "MAX_CHUNKS": banded.MAX_CHUNKS.value, "range": lambda *ends: (torch.tensor(i) for i in range(*map(int, ends))),
-        }  # fmt: skip
-
-    def load(self, pointer, mask=None, other=None):
-        if mask is None:
-            return pointer.storage[pointer.offsets]
-        mask = mask.expand(pointer.offsets.shape)
-        return torch.where(mask, pointer.storage[torch.where(mask, pointer.offsets, 0)], torch.tensor(other, dtype=pointer.storage.dtype))
-
-    def store(self, pointer, value, mask):
-        mask = mask.expand(pointer.offsets.shape)
-        pointer.storage[pointer.offsets[mask]] = value[mask]
-
-    def allocate(self, dtype, shape, layout):
-        return Shared([Barrier(self.changed) for _ in range(shape[0])] if layout == "barriers" else torch.full(shape, torch.nan, dtype=dtype))
-
-    def init(self, barrier, count):
-        barrier.count = count
-
-    def arrive(self, barrier, count):
-        """Then the other warp group runs ahead for a while, or this one does."""
-        barrier.update(count, 0)
-        time.sleep(0.03 * (random.random() < 0.15))
-
-    def copy_now(self, target, pointer):
-        target.store(self.load(pointer))
-
-    def bulk_copy(self, desc, place, barrier, target):
-        inside = [(int(at) + torch.arange(size)) for at, size in zip(place, desc.block_type.shape, strict=True)]
-        mask, offsets = torch.tensor(True), torch.tensor(0)
-        for at, size, stride in zip(inside, desc.size, desc.strides, strict=True):
-            mask, offsets = mask[..., None] & (at >= 0) & (at < size), offsets[..., None] + at * stride
-        target.store(self.load(Pointer(desc.storage, offsets + desc.first), mask, 0.0))
-        barrier.update(0, -desc.block_type.nbytes)
-
-    def multiply(self, a, b, acc, use_acc=True, is_async=False):
-        product = Product(a, b, acc if use_acc else None)
-        self.local.queue = [*getattr(self.local, "queue", []), product]
-        if is_async:
-            return product
-        self.wait_for_products(0, [product])
-        return product.value
-
-    def wait_for_products(self, left, deps):
-        queue = self.local.queue
-        done, self.local.queue = queue[: len(queue) - left], queue[len(queue) - left :]
-        for product in done:
-            product.finish()
-        return deps[0].value if len(deps) == 1 else tuple(product.value for product in deps)
-
-    def warp_specialize(self, partitions, *_):
-        errors = []
-
-        def run(function, arguments):
-            try:
-                function(*arguments)
-                assert not getattr(self.local, "queue", []), "a product nobody waited for"
-            except Exception as error:
-                errors.append(error)
-
-        threads = [threading.Thread(target=run, args=partition) for partition in partitions]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        if errors:
-            raise errors[0]
-
-
-def argument(x):
-    """A launch argument as the stand-in's kernels take it."""
-    if isinstance(x, tuple):
-        return tuple(argument(item) for item in x)
-    if isinstance(x, torch.Tensor):
-        return Pointer(torch.as_strided(x, (x.untyped_storage().nbytes() // x.element_size(),), (1,), 0), torch.tensor(x.storage_offset()))
-    if hasattr(x, "block_shape"):
-        pointer, box = argument(x.base), x.block_shape
-        block = types.SimpleNamespace(shape=box, nbytes=torch.Size(box).numel() * x.base.element_size())
-        return types.SimpleNamespace(
-            storage=pointer.storage, first=pointer.offsets, size=x.shape, strides=x.strides, block_type=block, dtype=x.base.dtype, layout=None
-        )
-    return x
-
-
-@dataclass(frozen=True)
-class StandIn:
-    """One of some kernels, run by the stand-in; `sources` holds all their functions."""
-
-    name: str
-    sources: dict[str, types.FunctionType]
-
-    def __getitem__(self, grid):
-        sizes = (*grid, 1, 1)[:3]
-
-        def launch(*arguments, num_warps, **constants):
-            for program in itertools.product(*(range(size) for size in sizes)):
-                space = {"__builtins__": __builtins__, **Machine(program, sizes).names()}
-                for name, source in self.sources.items():
-                    space[name] = types.FunctionType(source.__code__, space, name, source.__defaults__)
-                space[self.name](*map(argument, arguments), **constants)
-
-        return launch
-
-
 @contextlib.contextmanager
 def hopper(monkeypatch):
     """The Hopper kernels; by the stand-in, on two processors, where there is no GPU."""
@@ -266,13 +27,12 @@ def hopper(monkeypatch):
         return
     names = ("banded_hopper", "banded_hopper_dq", "banded_hopper_dkdv")
     modules = {name: pytest.importorskip(f"nsa.kernels.{name}") for name in names}
-    kernels = {name: value for module in modules.values() for name, value in vars(module).items() if type(value).__name__ == "GluonJITFunction"}
-    sources = {name: kernel.fn for name, kernel in kernels.items()}
+    sources = gluon_functions(modules.values())
     with monkeypatch.context() as patch:
         patch.setattr(banded, "runs_hopper_kernels", lambda device: True)
         for module, name in zip(modules.values(), ("forward_kernel", "dq_kernel", "dkdv_kernel"), strict=True):
             patch.setattr(module, "num_processors", lambda device: 2, raising=False)
-            patch.setattr(module, name, StandIn(name, sources))
+            patch.setattr(module, name, StandIn(name, sources, {"MAX_CHUNKS": banded.MAX_CHUNKS.value}))
         yield
 
 

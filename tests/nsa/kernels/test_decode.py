@@ -2,12 +2,12 @@
 
 import contextlib
 import importlib
-import itertools
-import types
 from dataclasses import dataclass, replace
+from functools import partial
 
 import pytest
 import torch
+from gluon_stand_in import OneGroup, gluon_functions, run_kernel
 
 from nsa import torch_backend
 from nsa.attention import LayerCache
@@ -305,133 +305,16 @@ def test_half_precision_is_as_near_the_exact_result_as_the_torch_backend():
     assert relative_rms(out.flatten(0, 1), exact) <= max(2 * relative_rms(torch_out.flatten(0, 1), exact), 1e-3)
 
 
-@dataclass(frozen=True)
-class Pointer:
-    """Addresses in a tensor's storage."""
-
-    storage: torch.Tensor
-    offsets: torch.Tensor
-
-    @property
-    def dtype(self):
-        return types.SimpleNamespace(element_ty=self.storage.dtype)
-
-    def __add__(self, step):
-        return Pointer(self.storage, self.offsets + step)
-
-    def __getitem__(self, key):
-        return Pointer(self.storage, self.offsets[key])
-
-
-@dataclass(frozen=True)
-class Shared:
-    """A piece of shared memory."""
-
-    data: torch.Tensor
-
-    @property
-    def dtype(self):
-        return self.data.dtype
-
-    @property
-    def type(self):
-        return types.SimpleNamespace(shape=list(self.data.shape))
-
-    def index(self, place):
-        return Shared(self.data[int(place)])
-
-    def permute(self, order):
-        return Shared(self.data.permute(*order))
-
-    def store(self, value):
-        self.data.copy_(value)
-
-
-class Machine:
-    """What Gluon's names stand for while one program runs, on PyTorch tensors. Stricter than the GPU: a copy lands when the wait for it
-    ends, or at once (`early`); a product reads its operands only when it is waited for; shared memory starts as NaN."""
-
-    def __init__(self, program, early):
-        self.program, self.early, self.copies, self.groups, self.products = program, early, [], [], []
-
-    def names(self):
-        nothing = lambda *_, **__: None  # noqa: E731
-        number = lambda x: x if isinstance(x, torch.Tensor) else torch.tensor(x)  # noqa: E731
-        gl = types.SimpleNamespace(
-            float32=torch.float32, int32=torch.int32, int64=torch.int64, static_range=range, cdiv=lambda a, b: (a + b - 1) // b,
-            program_id=lambda axis: torch.tensor(self.program[axis]), num_warps=lambda: 4, thread_barrier=nothing,
-            minimum=lambda a, b: torch.minimum(number(a), number(b)), maximum=lambda a, b: torch.maximum(number(a), number(b)),
-            where=lambda c, a, b: torch.where(c, number(a), number(b)), exp2=torch.exp2, ceil=torch.ceil, floor=torch.floor,
-            max=lambda x, axis: x.amax(axis), min=lambda x, axis: x.amin(axis), sum=lambda x, axis: x.sum(axis, dtype=x.dtype),
-            gather=lambda x, index, axis: x.gather(axis, index.long()), convert_layout=lambda x, _: x,
-            zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype), arange=lambda a, b, layout: torch.arange(a, b),
-            full=lambda shape, value, dtype, layout: torch.full(shape, value, dtype=dtype), load=self.load, store=self.store,
-            allocate_shared_memory=lambda dtype, shape, layout: Shared(torch.full(shape, torch.nan, dtype=dtype)),
-            NVMMADistributedLayout=nothing, BlockedLayout=nothing, SliceLayout=nothing,
-            NVMMASharedLayout=types.SimpleNamespace(get_default_for=nothing),
-        )  # fmt: skip
-        copies = types.SimpleNamespace(async_copy_global_to_shared=self.copy, commit_group=self.commit, wait_group=self.wait_for_copies)
-        return {
-            "gl": gl, "async_copy": copies, "fence_async_shared": nothing, "warpgroup_mma": self.multiply,
-            "warpgroup_mma_wait": self.wait_for_products, "gdc_wait": nothing, "gdc_launch_dependents": nothing, "NOTHING": -1.0e6,
-            "RECOMPUTE": -2, "range": lambda *ends: (torch.tensor(i) for i in range(*map(int, ends))),
-        }  # fmt: skip
-
-    def load(self, pointer, mask=None, other=None):
-        if mask is None:
-            return pointer.storage[pointer.offsets]
-        mask = torch.as_tensor(mask).expand(pointer.offsets.shape)
-        return torch.where(mask, pointer.storage[torch.where(mask, pointer.offsets, 0)], torch.tensor(other, dtype=pointer.storage.dtype))
-
-    def store(self, pointer, value, mask):
-        mask = mask.expand(pointer.offsets.shape)
-        pointer.storage[pointer.offsets[mask]] = value.expand(mask.shape)[mask].to(pointer.storage.dtype)
-
-    def copy(self, target, pointer, mask):
-        self.copies.append((target, self.load(pointer, mask, 0.0)))
-        if self.early:
-            target.store(self.copies[-1][1])
-
-    def commit(self):
-        self.groups.append(self.copies)
-        self.copies = []
-
-    def wait_for_copies(self, left):
-        while len(self.groups) > left:
-            for target, value in self.groups.pop(0):
-                if not self.early:
-                    target.store(value)
-
-    def multiply(self, a, b, acc, use_acc, is_async):
-        assert is_async and not use_acc
-        self.products.append((a, b))
-        return self.products[-1]
-
-    def wait_for_products(self, left, deps):
-        assert left == 0 and deps == self.products
-        (a, b), self.products = self.products[0], []
-        return a.data.float() @ b.data.float()
-
-
-def argument(x):
-    """A launch argument as the stand-in's kernels take it."""
-    if isinstance(x, torch.Tensor):
-        return Pointer(torch.as_strided(x, (x.untyped_storage().nbytes() // x.element_size(),), (1,), 0), torch.tensor(x.storage_offset()))
-    return x
-
-
 def stand_in(kernel, early):
-    """A Gluon kernel of decode_hopper.py or decode_blocks_hopper.py, run by a `Machine`."""
-    modules = [importlib.import_module(name) for name in ("nsa.kernels.decode_hopper", kernel.fn.__module__)]
-    sources = {name: value.fn for module in modules for name, value in vars(module).items() if type(value).__name__ == "GluonJITFunction"}
+    """A Gluon kernel of decode_hopper.py or decode_blocks_hopper.py, run by the stand-in."""
+    sources = gluon_functions(importlib.import_module(name) for name in ("nsa.kernels.decode_hopper", kernel.fn.__module__))
+    constants = {
+        "NOTHING": -1.0e6, "RECOMPUTE": -2,
+        "power_of_two": lambda exponent: torch.where(exponent < -126, 0.0, torch.exp2(exponent.double()).float()),
+    }  # fmt: skip
 
-    def run(grid, *arguments, num_warps, enable_fp_fusion, maxnreg=None, **constants):
-        for program in itertools.product(*(range(size) for size in (*grid, 1, 1)[:3])):
-            space = {"__builtins__": __builtins__, **Machine(program, early).names()}
-            for name, source in sources.items():
-                space.setdefault(name, types.FunctionType(source.__code__, space, name, source.__defaults__))
-            space["power_of_two"] = lambda exponent: torch.where(exponent < -126, 0.0, torch.exp2(exponent.double()).float())
-            space[kernel.fn.__name__](*map(argument, arguments), **constants)
+    def run(grid, *arguments, num_warps, enable_fp_fusion, maxnreg=None, **settings):
+        run_kernel(kernel.fn.__name__, sources, grid, partial(OneGroup, early=early), constants, arguments, settings)
 
     return run
 

@@ -7,23 +7,11 @@ from nsa.config import SparsityConfig
 from nsa.kernels import gathered, selected, selected_keys
 from nsa.kernels.selected import selected_backward, selected_forward
 from nsa.kernels.tiles import KernelPlan, Tile
-from nsa.testing import cumulative, relative_rms
+from nsa.testing import cumulative, random_selection, relative_rms
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = SparsityConfig(compress_block_size=8, compress_stride=4, select_block_size=16, num_selected_blocks=3, compressor="mean")
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
-
-
-def random_selection(lengths, query_lengths, num_kv_heads, config, generator):
-    """int32 `[T, Hkv, n]` of visible blocks, the query's own among them."""
-    n, rows = config.num_selected_blocks, []
-    for length, num_queries in zip(lengths, query_lengths):
-        for t in range(length - num_queries, length):
-            current = t // config.select_block_size
-            for _ in range(num_kv_heads):
-                blocks = sorted([*torch.randperm(current, generator=generator)[: n - 1].tolist(), current])
-                rows.append(blocks + [-1] * (n - len(blocks)))
-    return torch.tensor(rows, dtype=torch.int32).view(sum(query_lengths), num_kv_heads, n)
 
 
 def dense(q, k, v, selection, lengths, query_lengths, config, scale):

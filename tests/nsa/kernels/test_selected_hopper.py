@@ -1,30 +1,17 @@
-"""dq of the selected branch on Hopper beside Triton's: on a GPU, and elsewhere by the stand-in for Gluon of test_banded_hopper.py."""
-
-import importlib.util
-import sys
-from pathlib import Path
+"""dq of the selected branch on Hopper beside Triton's: on a GPU, and elsewhere by a stand-in for Gluon."""
 
 import pytest
 import torch
+from gluon_stand_in import StandIn, gluon_functions
 
 from nsa.config import SparsityConfig
 from nsa.kernels import banded, selected
 from nsa.kernels.launch import launch
 from nsa.kernels.selected import selected_backward, selected_forward
 from nsa.kernels.tiles import KernelPlan
-from nsa.testing import relative_rms
+from nsa.testing import cumulative, random_selection, relative_rms
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def neighbour(name):
-    """Another file of this folder, which is no package."""
-    spec = importlib.util.spec_from_file_location(f"{name}_beside_selected_hopper", Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def use_hopper(patch):
@@ -32,11 +19,9 @@ def use_hopper(patch):
     if DEVICE == "cuda":
         return
     kernel = pytest.importorskip("nsa.kernels.selected_dq_hopper")
-    stand_in = neighbour("test_banded_hopper")
-    modules = [kernel, *(pytest.importorskip(f"nsa.kernels.{name}") for name in ("banded_hopper", "banded_hopper_dq"))]
-    sources = {name: x.fn for module in reversed(modules) for name, x in vars(module).items() if type(x).__name__ == "GluonJITFunction"}
+    sources = gluon_functions([kernel, *(pytest.importorskip(f"nsa.kernels.{name}") for name in ("banded_hopper", "banded_hopper_dq"))])
     patch.setattr(kernel, "num_processors", lambda device: 2)
-    patch.setattr(kernel, "dq_kernel", stand_in.StandIn("dq_kernel", sources))
+    patch.setattr(kernel, "dq_kernel", StandIn("dq_kernel", sources))
     patch.setattr(selected, "dq_takes_hopper", lambda *_: True)
 
 
@@ -44,17 +29,16 @@ def compare(monkeypatch, lengths, query_lengths, group, heads, dim, *, before, n
     """Triton's and the Hopper kernel's dq are the same, and so are the bits of a query whoever its neighbours are."""
     config = SparsityConfig(compressor="mean", num_selected_blocks=n)
     generator = torch.Generator().manual_seed(0)
-    helper = neighbour("test_selected")
 
     def draw(*shape):
         return torch.randn(*shape, generator=generator).to(dtype).to(DEVICE)
 
     num_queries, num_keys, num_heads = sum(query_lengths), sum(lengths), heads * group
     q, d_out, k, v = draw(num_queries, num_heads, dim), draw(num_queries, num_heads, dim), draw(num_keys, heads, dim), draw(num_keys, heads, dim)
-    selection = helper.random_selection(lengths, query_lengths, heads, config, generator).to(DEVICE)
+    selection = random_selection(lengths, query_lengths, heads, config, generator).to(DEVICE)
     gate, old = draw(num_queries, num_heads).sigmoid(), draw(num_queries, num_heads, dim)
     gate[::5] = 0.0
-    plan = KernelPlan(helper.cumulative(query_lengths), helper.cumulative(lengths), config=config, device=torch.device(DEVICE))
+    plan = KernelPlan(cumulative(query_lengths), cumulative(lengths), config=config, device=torch.device(DEVICE))
     out = torch.empty_like(d_out)
     branch, lse = selected_forward(q, k, v, selection, plan, config, scale=0.2, gate=gate, out=out, accumulate=False, keep=True)
     assert branch is not None
