@@ -309,7 +309,7 @@ def stand_in(kernel, early):
     """A Gluon kernel of decode_hopper.py or decode_blocks_hopper.py, run by the stand-in."""
     sources = gluon_functions(importlib.import_module(name) for name in ("nsa.kernels.decode_hopper", kernel.fn.__module__))
     constants = {
-        "NOTHING": -1.0e6, "RECOMPUTE": -2,
+        "NOTHING": -1.0e6, "RECOMPUTE": -2, "EVERYWHERE": 1 << 30,
         "power_of_two": lambda exponent: torch.where(exponent < -126, 0.0, torch.exp2(exponent.double()).float()),
     }  # fmt: skip
 
