@@ -38,10 +38,11 @@ from grpo.errors import RunFailed
 from grpo.evaluate import evaluate
 from grpo.log import RunLogger, prepare_run_dir, resolve_run_dir
 from grpo.memory_plan import read_model_config
-from grpo.placement import sleeps
+from grpo.placement import cluster_address, sleeps
 from grpo.problems import Problems, load_problems
 from grpo.prompt_settings import save_prompt_settings
 from grpo.rollout.engine import Sampling
+from grpo.rollout.vllm_settings import check_installed
 from grpo.rollout_metrics import num_rollout_tokens, rollout_metrics, sample_rows
 from grpo.run_scope import Timed, log_lines_to, sigterm_as_exit
 from grpo.runtime import Runtime, start_runtime
@@ -66,10 +67,12 @@ def train(config: RunConfig, *, resume_from: Path | None = None) -> Path:
     checkpoints/step-*; checkpoints/final and checkpoints/best are links to the last and the best of those.
 
     Raises:
-        ValueError, FileNotFoundError: a user's mistake (config, data, model, a folder that already holds a run).
+        ValueError, FileNotFoundError: a user's mistake (config, data, model, a folder that already holds a run, no vLLM).
         RunFailed: a part of the run failed, a disk is full, another process uses the folder.
     """
     disable_progress_bar()  # of loading and saving shards
+    if config.rollout.engine == "vllm" and cluster_address(config) is None:  # another machine may have what this one lacks
+        check_installed()
     problems = load_problems(config)
     run_dir = resolve_run_dir(config.log, config.name) if resume_from is None else Path(resume_from)
     with ExitStack() as stack:

@@ -1,6 +1,7 @@
 """The loop with real parts in one process: what it writes, checks and warns of, and how it ends on bad input."""
 
 import errno
+import importlib.util
 import json
 import math
 from dataclasses import replace
@@ -62,6 +63,7 @@ def test_a_folder_with_a_run_in_it_or_in_use_is_refused(tiny_config_of):
 
 def test_users_mistakes_are_value_errors_before_anything_is_loaded(tiny_config_of, tmp_path, monkeypatch):
     monkeypatch.setattr("grpo.trainer.start_runtime", lambda *_: pytest.fail("a part was built"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest, real=importlib.util.find_spec: None if name == "vllm" else real(name, *rest))
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "torn.jsonl").write_text(json.dumps({"question": "What is 1 + 1 ="}) + "\n")
     for overrides, message in (
@@ -71,6 +73,7 @@ def test_users_mistakes_are_value_errors_before_anything_is_loaded(tiny_config_o
         (f"model.path={tmp_path}", "has no config.json"),
         ("rollout.max_tokens=512", "nothing is left for the prompt"),
         ("data.max_prompt_tokens=2", "prompts are longer than 2 tokens"),
+        ("rollout.engine=vllm", "vLLM is not installed here: pip install"),
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
             train(tiny_config_of(overrides))
