@@ -93,21 +93,29 @@ def bring_keys(common, GROUP: gl.constexpr, STRIDE: gl.constexpr, OFFSET: gl.con
 
 
 @gluon.jit
+def row_statistics(tensors, strides, first_head, row, rows, known, GROUP: gl.constexpr):
+    """shift and delta of rows from packed query `row` on: gate · p = exp2(score · score_scale − shift), dS = that · (dP − delta); an infinite
+    shift where nothing counts, as in rows that are not `known`."""
+    Gate, Lse, Delta = tensors
+    stride_g, stride_gh, stride_l, stride_lh, stride_d, stride_dh = strides
+    gate = gl.load(row_pointers(Gate + first_head * stride_gh, row, stride_g, stride_gh, rows, GROUP), mask=known, other=0.0).to(gl.float32)
+    lse = gl.load(row_pointers(Lse + first_head * stride_lh, row, stride_l, stride_lh, rows, GROUP), mask=known, other=0.0)
+    delta = gl.load(row_pointers(Delta + first_head * stride_dh, row, stride_d, stride_dh, rows, GROUP), mask=known, other=0.0)
+    counts = (gate > 0) & (lse > float("-inf"))
+    gate = gl.where(counts, gate, 1.0)
+    return gl.where(counts, lse * 1.4426950408889634 - gl.log2(gate), float("inf")), gl.where(counts, delta / gate, 0.0)
+
+
+@gluon.jit
 def statistics(band, place, rows, GROUP: gl.constexpr, QUERIES: gl.constexpr):
-    """shift and delta of rows for a band, which go to its Stats too; see `banded_kernels.dq_kernel`."""
+    """`row_statistics` for a band, which go to its Stats too; see `banded_kernels.dq_kernel`."""
     _descs, _key_ends, tensors, strides = band
     Gate, Lse, Delta, Stats = tensors
     _stride_kh, _stride_vh, stride_g, stride_gh, stride_l, stride_lh, stride_d, stride_dh, stride_sh, stats_size = strides
     head, _sequence, start, row, num_queries, _first, _last = place
-    group = head * GROUP
     known = (start + rows // GROUP < num_queries) & (rows < QUERIES * GROUP)
-    gate = gl.load(row_pointers(Gate + group * stride_gh, row, stride_g, stride_gh, rows, GROUP), mask=known, other=0.0).to(gl.float32)
-    lse = gl.load(row_pointers(Lse + group * stride_lh, row, stride_l, stride_lh, rows, GROUP), mask=known, other=0.0)
-    delta = gl.load(row_pointers(Delta + group * stride_dh, row, stride_d, stride_dh, rows, GROUP), mask=known, other=0.0)
-    counts = (gate > 0) & (lse > float("-inf"))
-    gate = gl.where(counts, gate, 1.0)
-    shift = gl.where(counts, lse * 1.4426950408889634 - gl.log2(gate), float("inf"))
-    delta = gl.where(counts, delta / gate, 0.0)
+    row_strides = (stride_g, stride_gh, stride_l, stride_lh, stride_d, stride_dh)
+    shift, delta = row_statistics((Gate, Lse, Delta), row_strides, head * GROUP, row, rows, known, GROUP)
     at = Stats + head.to(gl.int64) * stride_sh + row * GROUP + rows
     gl.store(at, shift, mask=known)
     gl.store(at + stats_size, delta, mask=known)

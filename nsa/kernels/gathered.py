@@ -346,9 +346,9 @@ def scratch_ranges(q: torch.Tensor, plan: KernelPlan, row_bytes: int, scratch: i
 def gathered_forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, selection: torch.Tensor, unions: BlockUnions, index: InverseIndex, plan: KernelPlan,
     config: SparsityConfig, *, scale: float, gate: torch.Tensor, out: torch.Tensor, branch_out: torch.Tensor | None, lse: torch.Tensor,
-    accumulate: bool,
+    accumulate: bool, limit: int,
 ) -> None:  # fmt: skip
-    """`selected_forward` block by block where blocks are not shared; fills out, branch_out and lse then."""
+    """`selected_forward` block by block where blocks are not shared, the unions' total above `limit`; fills out, branch_out and lse then."""
     num_heads, key_dim, num_kv_heads, value_dim = q.shape[1], q.shape[2], k.shape[1], v.shape[2]
     group, size, n = num_heads // num_kv_heads, config.select_block_size, config.num_selected_blocks
     shapes = gather_shapes(padded(key_dim) + padded(value_dim), group, q.dtype)
@@ -356,7 +356,7 @@ def gathered_forward(
     cuts, device_cuts, most, heads = scratch_ranges(q, plan, n * group * value_dim * q.element_size(), shapes.scratch, num_kv_heads)
     partial = torch.empty(heads * most * n * group, value_dim, dtype=q.dtype, device=q.device)
     stats = torch.empty(heads * most * n * group, dtype=torch.float32, device=q.device)
-    strides, limit = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2]), most_shared(unions, config)
+    strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2])
     shared = {"GROUP": group, **widths(key_dim, value_dim), "KEYS": padded(size), "SELECT": size, "CHOSEN": n, "PRECISION": dot_precision()}
     (rows, num_warps, num_stages), (merge_rows, merge_warps, merge_stages) = shapes.block, shapes.merge
     part = max(1, shapes.part // group)

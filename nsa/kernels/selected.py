@@ -248,7 +248,8 @@ def selected_forward(
     if both:
         index = invert_where(selection, plan, config, unions.total, limit)
         gathered_forward(
-            q, k, v, selection, unions, index, plan, config, scale=scale, gate=gate, out=out, branch_out=branch_out, lse=lse, accumulate=accumulate
+            q, k, v, selection, unions, index, plan, config, scale=scale, gate=gate, out=out, branch_out=branch_out, lse=lse,
+            accumulate=accumulate, limit=limit,
         )  # fmt: skip
     return branch_out, lse
 

@@ -14,8 +14,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
 from nsa.kernels.banded_hopper import anew, await_tile, clear_rows, copied_in_bulk, key_descriptor, num_processors, row_pointers
-from nsa.kernels.banded_hopper_dq import fill_pair
+from nsa.kernels.banded_hopper_dq import fill_pair, row_statistics
 from nsa.kernels.launch import LOG2_E, launch
+from nsa.kernels.selected_hopper import tile_of
 from nsa.kernels.tiles import KernelPlan
 from nsa.kernels.unions import BlockUnions
 
@@ -24,20 +25,6 @@ STAGES = 4
 """Blocks of K and V in shared memory."""
 MIN_GROUP = 3
 """Heads of a KV head, so that a tile's queries have room in an int32 of bits and fill both warp groups."""
-
-
-@gluon.jit
-def unit_of(index, num_tiles, num_heads, tables, capacity):
-    """Unit of work `index`: KV head; first query (in its sequence, and packed); first key; numbers of queries and keys;
-    position of the first query; the list of blocks and its length. Head by head, since K and V of one fit into the L2 cache."""
-    Tiles, QueryEnds, KeyEnds, Counts = tables
-    tile, head = index % num_tiles, index // num_tiles
-    item = tile * num_heads + head
-    sequence, start = gl.load(Tiles + 2 * tile), gl.load(Tiles + 2 * tile + 1)
-    first_query, first_key = gl.load(QueryEnds + sequence), gl.load(KeyEnds + sequence)
-    num_queries, num_keys = gl.load(QueryEnds + sequence + 1) - first_query, gl.load(KeyEnds + sequence + 1) - first_key
-    row, position = (first_query + start).to(gl.int64), num_keys - num_queries + start
-    return head, start, row, first_key, num_queries, num_keys, position, item.to(gl.int64) * capacity, gl.load(Counts + item)
 
 
 @gluon.jit
@@ -51,18 +38,10 @@ def copy_rows(tile, Source, place, stride, stride_head, rows, dims, GROUP: gl.co
 
 @gluon.jit
 def statistics(tensors, strides, place, rows, GROUP: gl.constexpr, QUERIES: gl.constexpr):
-    """shift and delta of rows: gate · p = exp2(score · score_scale − shift), dS = that · (dP − delta); an infinite shift where nothing counts."""
-    Gate, Lse, Delta = tensors
-    stride_g, stride_gh, stride_l, stride_lh, stride_d, stride_dh = strides
+    """`row_statistics` of a place's rows."""
     head, start, row, _first_key, num_queries, _num_keys, _position, _list_at, _count = place
-    group = head * GROUP
     known = (start + rows // GROUP < num_queries) & (rows < QUERIES * GROUP)
-    gate = gl.load(row_pointers(Gate + group * stride_gh, row, stride_g, stride_gh, rows, GROUP), mask=known, other=0.0).to(gl.float32)
-    lse = gl.load(row_pointers(Lse + group * stride_lh, row, stride_l, stride_lh, rows, GROUP), mask=known, other=0.0)
-    delta = gl.load(row_pointers(Delta + group * stride_dh, row, stride_d, stride_dh, rows, GROUP), mask=known, other=0.0)
-    counts = (gate > 0) & (lse > float("-inf"))
-    gate = gl.where(counts, gate, 1.0)
-    return gl.where(counts, lse * 1.4426950408889634 - gl.log2(gate), float("inf")), gl.where(counts, delta / gate, 0.0)
+    return row_statistics(tensors, strides, head * GROUP, row, rows, known, GROUP)
 
 
 @gluon.jit
@@ -150,7 +129,7 @@ def dq_rows(common, WARP_GROUP: gl.constexpr, GROUP: gl.constexpr, QUERIES: gl.c
     dims = gl.arange(0, DIM, layout=gl.SliceLayout(0, wide))[None, :]
     zeros = gl.zeros([64, 64], gl.float32, layout=mma_s)
     num_units, step = num_tiles * num_heads, gl.num_programs(0)
-    place = unit_of(gl.program_id(0), num_tiles, num_heads, tables, capacity)
+    place = tile_of(gl.program_id(0), num_tiles, num_heads, tables, capacity)
     copy_rows(q_tile, Q, place, stride_q, stride_qh, wide_rows, dims, GROUP, QUERIES)
     copy_rows(do_tile, DOut, place, stride_do, stride_doh, wide_rows, dims, GROUP, QUERIES)
     async_copy.commit_group()
@@ -162,7 +141,7 @@ def dq_rows(common, WARP_GROUP: gl.constexpr, GROUP: gl.constexpr, QUERIES: gl.c
         operands = (q_tile.load(row_layout), do_tile.load(row_layout))
         gl.thread_barrier()
         here = anew(wide_rows, place)
-        following = unit_of(gl.minimum(index + step, num_units - 1), num_tiles, num_heads, tables, capacity)
+        following = tile_of(gl.minimum(index + step, num_units - 1), num_tiles, num_heads, tables, capacity)
         copy_rows(q_tile, Q, following, stride_q, stride_qh, here, dims, GROUP, QUERIES)
         copy_rows(do_tile, DOut, following, stride_do, stride_doh, here, dims, GROUP, QUERIES)
         if BEFORE:
@@ -171,7 +150,7 @@ def dq_rows(common, WARP_GROUP: gl.constexpr, GROUP: gl.constexpr, QUERIES: gl.c
         acc = gl.zeros([64, DIM], gl.float32, layout=mma_o)
         adding, slot = gather_dq(acc, common, place, operands, stats, rows, columns, zeros, done, WARP_GROUP, GROUP, QUERIES, mma_o)
         done += place[8]
-        next_place = unit_of(gl.minimum(index + step, num_units - 1), num_tiles, num_heads, tables, capacity)
+        next_place = tile_of(gl.minimum(index + step, num_units - 1), num_tiles, num_heads, tables, capacity)
         stats = statistics(row_tensors, row_strides[1], next_place, anew(rows, place), GROUP, QUERIES)
         acc = warpgroup_mma_wait(0, deps=[adding])
         mbarrier.arrive(empty.index(slot), count=1)
@@ -223,7 +202,7 @@ def bring_blocks(common):
     num_tiles, num_heads, capacity = sizes
     done, turn = 0, 0
     for index in range(gl.program_id(0), num_tiles * num_heads, gl.num_programs(0)):
-        head, _start, _row, first_key, _num_queries, num_keys, _position, list_at, count = unit_of(index, num_tiles, num_heads, tables, capacity)
+        head, _start, _row, first_key, _num_queries, num_keys, _position, list_at, count = tile_of(index, num_tiles, num_heads, tables, capacity)
         columns = (head * strides[0], head * strides[1])
         for i in range(count):
             key = gl.load(lists[0] + list_at + i) * 64

@@ -25,7 +25,7 @@ MIN_GROUP = 2
 
 
 @gluon.jit
-def tile_of(index, num_tiles, num_heads, tables, capacity, QUERIES: gl.constexpr):
+def tile_of(index, num_tiles, num_heads, tables, capacity):
     """Unit of work `index`: KV head; first query (in its sequence, and packed); first key; numbers of queries and keys;
     position of the first query; the list of blocks and its length. Head by head, since K and V of one fit into the L2 cache."""
     Tiles, QueryEnds, KeyEnds, Counts = tables
@@ -108,9 +108,7 @@ def forward_kernel(
     zeros = gl.zeros([64, 64], gl.float32, layout=mma_s)
     query = gl.minimum(rows // GROUP, QUERIES - 1)
     num_units, step = num_tiles * num_heads, gl.num_programs(0)
-    head, start, row, first_key, num_queries, num_keys, position, list_at, count = tile_of(
-        gl.program_id(0), num_tiles, num_heads, tables, capacity, QUERIES
-    )
+    head, start, row, first_key, num_queries, num_keys, position, list_at, count = tile_of(gl.program_id(0), num_tiles, num_heads, tables, capacity)
     fill_first(descs, buffers, rings, Blocks, list_at, count, 0, first_key, (head * stride_kh, head * stride_vh))
     valid = (start + wide_rows // GROUP < num_queries) & (wide_rows < QUERIES * GROUP)
     first_at = row_pointers(Q + head * GROUP * stride_qh, row, stride_q, stride_qh, wide_rows, GROUP)
@@ -120,7 +118,7 @@ def forward_kernel(
     done = 0
     for index in range(gl.program_id(0), num_units, step):
         next_head, next_start, next_row, next_first_key, next_queries, next_keys, next_position, next_list, next_count = tile_of(
-            gl.minimum(index + step, num_units - 1), num_tiles, num_heads, tables, capacity, QUERIES
+            gl.minimum(index + step, num_units - 1), num_tiles, num_heads, tables, capacity
         )
         group = head * GROUP
         positions = position + rows // GROUP

@@ -28,8 +28,7 @@ def shapes(monkeypatch):
 
 def set_limit(monkeypatch, limit):
     """The total of union sizes above which the block-major kernels do the work."""
-    for module in (gathered, selected):
-        monkeypatch.setattr(module, "most_shared", lambda *_: limit)
+    monkeypatch.setattr(selected, "most_shared", lambda *_: limit)
 
 
 def cuts_of(chunk):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nsa.config import SparsityConfig
-from nsa.kernels import gathered, selected, selected_keys
+from nsa.kernels import selected, selected_keys
 from nsa.kernels.selected import selected_backward, selected_forward
 from nsa.kernels.tiles import KernelPlan, Tile
 from nsa.testing import cumulative, random_selection, relative_rms
@@ -130,8 +130,7 @@ def test_small_tiles_of_queries(monkeypatch):
 @pytest.mark.parametrize("group", [1, 3])
 def test_block_major(monkeypatch, group):
     monkeypatch.setattr(selected, "may_gather", lambda *_: True)
-    for module in (gathered, selected):
-        monkeypatch.setattr(module, "most_shared", lambda *_: 0)
+    monkeypatch.setattr(selected, "most_shared", lambda *_: 0)
     check([50, 1, 14], group=group, num_kv_heads=1, value_dim=24, twice=group == 1)
 
 
