@@ -2,7 +2,7 @@
 
 1. `compression_kernel`: compressed tokens, split along the sequence, with each block's share of the score, per head.
 2. `choose_kernel`: block scores (the heads' shares, normalised), and the best n blocks. For very long block tables instead `score_kernel`,
-   which keeps the best n of each chunk of blocks; the n best of those are found in 3, or by `pick_kernel`.
+   which keeps the best n of each chunk of blocks, and `pick_kernel`, which finds the n best of those.
 3. `blocks_kernel`: attention over the window and over the chosen blocks, split by blocks. The window's programs come first and wait for
    nothing, so that they read while blocks are still being chosen.
 4. `combine_kernel`: partial results of the three branches, times the gates.
@@ -49,9 +49,6 @@ MAX_CHOSEN = 32768
 """Scores (heads of a group, at least two, × blocks of the table) of a program that chooses; longer tables are cut into chunks."""
 MAX_SCORING = 1024
 """As MAX_PROGRAMS, of the score kernel."""
-MIN_PICKED = 128
-"""From this many queries × KV heads on the n best blocks of the score kernel's candidates are ranked by a kernel of their own. In smaller
-batches each program of the next one ranks them for itself: the programs are few, and a launch takes longer than what they repeat."""
 FEW_ROWS = 8
 """Up to here partial outputs are small beside the K and V they come from, and programs of one leaf, which need fewer registers, are faster
 (but not on Hopper)."""
@@ -195,9 +192,8 @@ def paged_decode(
     given = used if selection is None else selection
     statistics = (*cmp_stats, leaf_edge, scores, row_stats)
     common = {"HEADS": heads, "GROUP": group}
-    ranking = {"NUM": num, "NUM2": triton.next_power_of_2(num), "CHUNK": tiles.chunk, "CANDIDATES": triton.next_power_of_2(num_chunks * num)}
+    ranked = {"NUM": num, "NUM2": triton.next_power_of_2(num)}
     chosen_at_once = choose and width * max(group, 2) <= MAX_CHOSEN
-    picked = chosen_at_once or (choose and batch * num_new * heads >= MIN_PICKED)
     dims, dims2 = {"DK": key_dim, "DV": value_dim}, {"DK2": padded(key_dim), "DV2": padded(value_dim)}
     pdl = starts_early(q.device)
     after = {"PDL": True, "launch_pdl": True} if pdl else {"PDL": False}
@@ -210,8 +206,8 @@ def paged_decode(
     compressed |= {"PER_PAGE": page_size // stride, "LEAF": tiles.leaf, "LEAVES": tiles.compression_leaves, "SCORES": choose, "PDL": pdl}
     of_blocks = {
         "SIZE": size, "PAGE": page_size, "WINDOW": config.window_size, "CHOSEN_SET": cache.set_index("slc"), "WINDOW_SET": cache.set_index("win"),
-        "CHOSEN_LEAVES": chosen_leaves, "ALL_LEAVES": all_leaves, "LEAVES": tiles.block_leaves, "SCORES": choose and not picked,
-        "GIVEN": selection is not None and not picked, "REPLAYED": selection is not None, "PICKED": picked, "ONCE": once,
+        "CHOSEN_LEAVES": chosen_leaves, "ALL_LEAVES": all_leaves, "LEAVES": tiles.block_leaves, "PICKED": choose,
+        "GIVEN": selection is not None and not choose, "REPLAYED": selection is not None, "ONCE": once,
     }  # fmt: skip
     first_arguments = (
         q, cache.cmp, block_table, seq_lens, *cmp_stats, leaf_edge, *cmp_parts, scores, base2, *strides(q), *strides(cache.cmp),
@@ -245,22 +241,22 @@ def paged_decode(
             *statistics, chunk_keys, candidates, given, seq_lens, *given.stride()[:3], num_leaves, num_chunks, programs, num_new,
             **common, **after, **scoring, CHUNK=tiles.chunk, num_warps=8, enable_fp_fusion=False,
         )  # fmt: skip
-    if picked and not chosen_at_once:
         launch(
             pick_kernel, (heads, num_new, batch), seq_lens, candidates, given, used, *given.stride(), num_chunks, num_new,
-            HEADS=heads, SIZE=size, **ranking, **after, GIVEN=selection is not None, num_warps=4,
+            HEADS=heads, SIZE=size, **ranked, **after, CHUNK=tiles.chunk, CANDIDATES=triton.next_power_of_2(num_chunks * num),
+            GIVEN=selection is not None, num_warps=4,
         )  # fmt: skip
     block_arguments = (
-        q, cache.raw, block_table, seq_lens, candidates, given, used, *raw_partial, base2,
-        *strides(q), *strides(cache.raw), block_table.stride(0), *given.stride(), num_chunks, count, batch,
+        q, cache.raw, block_table, seq_lens, given, used, *raw_partial, base2,
+        *strides(q), *strides(cache.raw), block_table.stride(0), *given.stride(), count, batch,
     )  # fmt: skip
     if hopper:
-        decode_blocks_hopper.blocks(block_arguments, q, heads, {**common, **dims, **after, **ranking, **of_blocks})
+        decode_blocks_hopper.blocks(block_arguments, q, heads, {**common, **dims, **after, **ranked, **of_blocks})
     else:
         launch(
             blocks_kernel, (heads * raw_parts * num_new * batch,), *block_arguments, num_new,
-            **common, **dims, **dims2, **after, **ranking, **of_blocks, GROUP2=padded(group), TILE=tiles.block_tile,
-            RETURN=return_selection and not picked, PRECISION=dot_precision(), num_warps=4, num_stages=1, enable_fp_fusion=False,
+            **common, **dims, **dims2, **after, **ranked, **of_blocks, GROUP2=padded(group), TILE=tiles.block_tile,
+            RETURN=return_selection and not choose, PRECISION=dot_precision(), num_warps=4, num_stages=1, enable_fp_fusion=False,
         )  # fmt: skip
     # One warp adds up a program's part of a row; 32·32 numbers at a time leave it enough registers.
     columns = max(16, min(padded(value_dim), 32 * min(tiles.compression_leaves, tiles.block_leaves)))

@@ -150,41 +150,15 @@ def walk_blocks(
     async_copy.wait_group(0)
 
 
-@gluon.jit
-def listed_blocks(candidates, num_keys, NUM: gl.constexpr, NUM2: gl.constexpr, CANDIDATES: gl.constexpr, LAYOUT: gl.constexpr):
-    """As `decode_kernels.best_blocks`, the result in `SliceLayout(1, LAYOUT)`."""
-    SLICE: gl.constexpr = 32 if CANDIDATES > 32 else CANDIDATES
-    WARPS: gl.constexpr = gl.num_warps()
-    tall: gl.constexpr = gl.BlockedLayout([SLICE, 1], [1, 32], [1, WARPS], [0, 1])
-    entry = gl.arange(0, CANDIDATES, layout=gl.SliceLayout(0, tall))
-    keys = gl.load(candidates + entry, mask=entry < num_keys, other=-1)
-    ranks = gl.zeros([CANDIDATES], gl.int32, layout=gl.SliceLayout(0, tall))
-    for start in range(0, num_keys, SLICE):
-        place = start + gl.arange(0, SLICE, layout=gl.SliceLayout(1, tall))
-        others = gl.load(candidates + place, mask=place < num_keys, other=-1)
-        ranks += gl.sum((others[:, None] > keys[None, :]).to(gl.int32), 0)
-    chosen = (keys >= 0) & (ranks < NUM)
-    blocks = 0x7FFFFFFF - (keys & 0x7FFFFFFF).to(gl.int32)
-    ranks = gl.convert_layout(gl.where(chosen, ranks, NUM2), gl.SliceLayout(0, LAYOUT))
-    blocks = gl.convert_layout(blocks, gl.SliceLayout(0, LAYOUT))
-    order = gl.arange(0, NUM2, layout=gl.SliceLayout(1, LAYOUT))
-    plus_one = gl.sum(gl.where(ranks[None, :] == order[:, None], blocks[None, :] + 1, 0), 1)
-    taken = gl.where(plus_one > 0, plus_one, 0x7FFFFFFF - order)
-    places = gl.sum((gl.convert_layout(taken, gl.SliceLayout(0, LAYOUT))[None, :] < taken[:, None]).to(gl.int32), 1)
-    places = gl.convert_layout(places, gl.SliceLayout(0, LAYOUT))
-    across = gl.convert_layout(plus_one, gl.SliceLayout(0, LAYOUT))
-    return gl.sum(gl.where(places[None, :] == order[:, None], across[None, :], 0), 1) - 1
-
-
-@gluon.jit(do_not_specialize=["num_chunks", "num_blocks", "batches", "window_programs", "chosen_programs"])
+@gluon.jit(do_not_specialize=["num_blocks", "batches", "window_programs", "chosen_programs"])
 def hopper_blocks_kernel(
-    q, raw, block_table, seq_lens, candidates, given, selection, leaf_top, leaf_sum, part_top, part_out, scale,
-    q_batch, q_row, q_head, raw_page, raw_kind, raw_slot, raw_head, table_batch, given_batch, given_row, given_head, given_entry, num_chunks,
+    q, raw, block_table, seq_lens, given, selection, leaf_top, leaf_sum, part_top, part_out, scale,
+    q_batch, q_row, q_head, raw_page, raw_kind, raw_slot, raw_head, table_batch, given_batch, given_row, given_head, given_entry,
     num_blocks, batches, window_programs, chosen_programs, num_new,
     HEADS: gl.constexpr, GROUP: gl.constexpr, ROWS: gl.constexpr, DK: gl.constexpr, DV: gl.constexpr, SIZE: gl.constexpr,
-    PAGE: gl.constexpr, NUM: gl.constexpr, NUM2: gl.constexpr, CHUNK: gl.constexpr, CANDIDATES: gl.constexpr, WINDOW: gl.constexpr,
+    PAGE: gl.constexpr, NUM: gl.constexpr, NUM2: gl.constexpr, WINDOW: gl.constexpr,
     CHOSEN_SET: gl.constexpr, WINDOW_SET: gl.constexpr, CHOSEN_LEAVES: gl.constexpr, ALL_LEAVES: gl.constexpr, LEAVES: gl.constexpr,
-    STAGES: gl.constexpr, SCORES: gl.constexpr, GIVEN: gl.constexpr, PICKED: gl.constexpr, ONCE: gl.constexpr,
+    STAGES: gl.constexpr, GIVEN: gl.constexpr, PICKED: gl.constexpr, ONCE: gl.constexpr,
     REPLAYED: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """As `decode_kernels.blocks_kernel`, with `window_programs` and `chosen_programs` for each query and KV head."""
@@ -231,15 +205,7 @@ def hopper_blocks_kernel(
         if PDL:
             gdc_wait()
         if not PICKED:
-            # No select with a scalar condition: Triton 3.6 does not compile one of tensors.
-            if SCORES:
-                # Where no more than NUM exist nothing was ranked: no keys, and all of the blocks.
-                some = gl.minimum(gl.maximum(last + 1 - NUM, 0), 1)
-                num_keys = gl.minimum(last // CHUNK + 1, num_chunks) * NUM * some
-                blocks = listed_blocks(candidates + entry * num_chunks * NUM, num_keys, NUM, NUM2, CANDIDATES, list_layout)
-                blocks = gl.maximum(blocks, gl.where(order <= gl.minimum(last, length - 1) - some * (last + 1), order, -1))
-            else:
-                blocks = gl.where(order <= gl.minimum(last, length - 1), order, -1)
+            blocks = gl.where(order <= gl.minimum(last, length - 1), order, -1)
             if GIVEN:
                 target = given + batch * given_batch + query * given_row + head * given_head
                 marks = gl.load(target + order * 0, mask=order < gl.minimum(length, 1) * NUM, other=RECOMPUTE).to(gl.int32)

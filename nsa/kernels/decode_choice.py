@@ -174,14 +174,13 @@ def score_kernel(
 
 
 @triton.jit
-def best_blocks(candidates, num_keys, end, NUM: tl.constexpr, NUM2: tl.constexpr, CANDIDATES: tl.constexpr):
-    """The NUM best of `num_keys` keys: block numbers `[NUM2]` ascending, then −1. `end`: CANDIDATES, or num_keys, which compares fewer in a
-    loop that the compiler cannot unroll."""
+def best_blocks(candidates, num_keys, NUM: tl.constexpr, NUM2: tl.constexpr, CANDIDATES: tl.constexpr):
+    """The NUM best of `num_keys` keys: block numbers `[NUM2]` ascending, then −1."""
     SLICE: tl.constexpr = 32 if CANDIDATES > 32 else CANDIDATES
     entry, order = tl.arange(0, CANDIDATES), tl.arange(0, NUM2)
     keys = tl.load(candidates + entry, mask=entry < num_keys, other=-1)
     better = tl.zeros([SLICE, CANDIDATES], tl.int32)
-    for start in tl.range(0, end, SLICE, loop_unroll_factor=4):
+    for start in tl.range(0, num_keys, SLICE, loop_unroll_factor=4):
         place = start + tl.arange(0, SLICE)
         others = tl.load(candidates + place, mask=place < num_keys, other=-1)
         better += (others[:, None] > keys[None, :]).to(tl.int32)
@@ -196,21 +195,14 @@ def best_blocks(candidates, num_keys, end, NUM: tl.constexpr, NUM2: tl.constexpr
 
 
 @triton.jit
-def chosen_blocks(
-    candidates, given, position, entry, given_entry, num_chunks, order,
-    SIZE: tl.constexpr, NUM: tl.constexpr, NUM2: tl.constexpr, CHUNK: tl.constexpr, CANDIDATES: tl.constexpr, SCORES: tl.constexpr,
-    GIVEN: tl.constexpr, BOUNDED: tl.constexpr,
-):  # fmt: skip
-    """The blocks `[NUM2]` of one query and KV head, ascending, then −1: the best of the candidates, all where no more than NUM exist, or the
-    row at `given`."""
-    if SCORES:
-        # Where no more than NUM exist nothing was ranked: no keys, and all of the blocks.
-        some = position // SIZE >= NUM
-        num_keys = tl.where(some, tl.minimum(position // SIZE // CHUNK + 1, num_chunks) * NUM, 0)
-        chosen = best_blocks(candidates + entry * num_chunks * NUM, num_keys, num_keys if BOUNDED else CANDIDATES, NUM, NUM2, CANDIDATES)
-        chosen = tl.maximum(chosen, tl.where(order <= tl.where(some, -1, position // SIZE), order, -1))
-    else:
-        chosen = tl.where(order <= position // SIZE, order, -1)
+def all_or_given(given, position, given_entry, order, SIZE: tl.constexpr, NUM: tl.constexpr, GIVEN: tl.constexpr):
+    """All blocks `[NUM2]` of one query, ascending, then −1; or the row at `given` where that is to be replayed."""
+    return or_given(tl.where(order <= position // SIZE, order, -1), given, given_entry, order, NUM, GIVEN)
+
+
+@triton.jit
+def or_given(chosen, given, given_entry, order, NUM: tl.constexpr, GIVEN: tl.constexpr):
+    """`chosen`, or the row at `given` where that is to be replayed."""
     if GIVEN:
         replayed = tl.load(given + order * given_entry, mask=order < NUM, other=-1).to(tl.int32)
         chosen = tl.where(tl.load(given).to(tl.int32) == RECOMPUTE, chosen, replayed)
@@ -307,7 +299,7 @@ def pick_kernel(
     HEADS: tl.constexpr, SIZE: tl.constexpr, NUM: tl.constexpr, NUM2: tl.constexpr, CHUNK: tl.constexpr, CANDIDATES: tl.constexpr,
     GIVEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """The selection of one query and KV head, for batches in which the programs of `blocks_kernel` should not all rank the candidates."""
+    """The selection of one query and KV head from the chunks' candidates."""
     if PDL:
         gdc_launch_dependents()
     head, query, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -318,9 +310,12 @@ def pick_kernel(
     entry = (batch * num_new + query) * HEADS + head
     chosen = tl.full([NUM2], -1, tl.int32)
     if length > 0:
+        position = tl.maximum(length - num_new + query, 0)
+        # Where no more than NUM blocks exist nothing was ranked: no keys, and all of the blocks.
+        some = position // SIZE >= NUM
+        num_keys = tl.where(some, tl.minimum(position // SIZE // CHUNK + 1, num_chunks) * NUM, 0)
+        chosen = best_blocks(candidates + entry * num_chunks * NUM, num_keys, NUM, NUM2, CANDIDATES)
+        chosen = tl.maximum(chosen, tl.where(order <= tl.where(some, -1, position // SIZE), order, -1))
         row = given + batch * given_batch + query * given_row + head * given_head
-        chosen = chosen_blocks(
-            candidates, row, tl.maximum(length - num_new + query, 0), entry, given_entry, num_chunks, order, SIZE, NUM, NUM2, CHUNK, CANDIDATES,
-            True, GIVEN, True,
-        )  # fmt: skip
+        chosen = or_given(chosen, row, given_entry, order, NUM, GIVEN)
     tl.store(selection + entry * NUM + order, chosen.to(selection.dtype.element_ty), mask=order < NUM)

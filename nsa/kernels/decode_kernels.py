@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from nsa.kernels.decode_choice import NOTHING, STATISTICS, add_sum, chosen_blocks, power_of_two, tree_sum
+from nsa.kernels.decode_choice import NOTHING, STATISTICS, add_sum, all_or_given, power_of_two, tree_sum
 
 
 @triton.jit
@@ -200,19 +200,19 @@ def compression_kernel(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["num_chunks", "num_blocks", "batches"])
+@triton.jit(do_not_specialize=["num_blocks", "batches"])
 def blocks_kernel(
-    q, raw, block_table, seq_lens, candidates, given, selection, leaf_top, leaf_sum, part_top, part_out, scale,
-    q_batch, q_row, q_head, raw_page, raw_kind, raw_slot, raw_head, table_batch, given_batch, given_row, given_head, given_entry, num_chunks,
+    q, raw, block_table, seq_lens, given, selection, leaf_top, leaf_sum, part_top, part_out, scale,
+    q_batch, q_row, q_head, raw_page, raw_kind, raw_slot, raw_head, table_batch, given_batch, given_row, given_head, given_entry,
     num_blocks, batches, num_new,
     HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP2: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, DK2: tl.constexpr,
-    DV2: tl.constexpr, SIZE: tl.constexpr, TILE: tl.constexpr, PAGE: tl.constexpr, NUM: tl.constexpr, NUM2: tl.constexpr, CHUNK: tl.constexpr,
-    CANDIDATES: tl.constexpr, WINDOW: tl.constexpr, CHOSEN_SET: tl.constexpr, WINDOW_SET: tl.constexpr, CHOSEN_LEAVES: tl.constexpr,
-    ALL_LEAVES: tl.constexpr, LEAVES: tl.constexpr, SCORES: tl.constexpr, GIVEN: tl.constexpr, RETURN: tl.constexpr, PICKED: tl.constexpr,
+    DV2: tl.constexpr, SIZE: tl.constexpr, TILE: tl.constexpr, PAGE: tl.constexpr, NUM: tl.constexpr, NUM2: tl.constexpr,
+    WINDOW: tl.constexpr, CHOSEN_SET: tl.constexpr, WINDOW_SET: tl.constexpr, CHOSEN_LEAVES: tl.constexpr,
+    ALL_LEAVES: tl.constexpr, LEAVES: tl.constexpr, GIVEN: tl.constexpr, RETURN: tl.constexpr, PICKED: tl.constexpr,
     ONCE: tl.constexpr, REPLAYED: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One query's heads of one KV head over LEAVES leaves of the window or of the chosen blocks. Those stand in `selection` (PICKED) or are
-    found here; then the first program writes them there (RETURN).
+    """One query's heads of one KV head over LEAVES leaves of the window or of the chosen blocks. Those stand in `selection` (PICKED), or they are
+    all that exist or given; then the first program writes them to `selection` (RETURN).
 
     The window's programs come first in the grid and wait for nothing: they read while the blocks are still being chosen."""
     if PDL:
@@ -251,9 +251,7 @@ def blocks_kernel(
         chosen = tl.load(selection + entry * NUM + order, mask=order < NUM, other=-1).to(tl.int32)
     else:
         row = given + batch * given_batch + query * given_row + head * given_head
-        chosen = chosen_blocks(
-            candidates, row, position, entry, given_entry, num_chunks, order, SIZE, NUM, NUM2, CHUNK, CANDIDATES, SCORES, GIVEN, False,
-        )  # fmt: skip
+        chosen = all_or_given(row, position, given_entry, order, SIZE, NUM, GIVEN)
     if RETURN & (part == 0):
         tl.store(selection + entry * NUM + order, chosen.to(selection.dtype.element_ty), mask=order < NUM)
     if part * LEAVES >= chosen_leaves:
