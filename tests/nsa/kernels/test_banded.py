@@ -259,3 +259,19 @@ def test_units_of_key_gradients_are_all_there_once_and_the_longest_first():
     assert sum(sizes) == total
     tiles = banded.key_units(Band("window", plan, config), 128, 0).tolist()
     assert sorted(tiles) == [[sequence, start, 0] for sequence, keys in enumerate(key_lengths) for start in range(0, keys, 128)]
+
+
+def test_units_of_a_window_are_the_chunks_in_which_a_query_sees_a_key_of_the_tile():
+    config = SparsityConfig(compressor="mean", window_size=100)
+    query_lengths, key_lengths = [1500, 1, 40], [1500, 70, 900]
+    plan, size = make_plan(key_lengths, query_lengths, config), banded.chunk_size(1500)
+    expected = {}
+    for sequence, (queries, keys) in enumerate(zip(query_lengths, key_lengths, strict=True)):
+        position, key = torch.arange(keys - queries, keys)[:, None], torch.arange(keys)
+        rows, columns = ((key <= position) & (key > position - 100)).nonzero().T
+        for start, chunk, query in torch.stack([columns // 128 * 128, rows // size, rows], 1).unique(dim=0).tolist():
+            expected.setdefault((sequence, start, chunk), []).append(query)
+    units = [tuple(unit) for unit in banded.key_units(Band("window", plan, config), 128, banded.MIN_CHUNK).tolist()]
+    assert sorted(units) == sorted(expected)
+    works = [len(expected[unit]) for unit in units]
+    assert works == sorted(works, reverse=True)
