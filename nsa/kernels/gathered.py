@@ -82,9 +82,9 @@ def may_gather(group: int, plan: KernelPlan, config: SparsityConfig, block_bytes
     return group <= MAX_GROUP and long and block_bytes <= MAX_BLOCK_BYTES and dtype in DTYPES
 
 
-def most_shared(unions: BlockUnions, config: SparsityConfig) -> int:
-    """The largest total of union sizes up to which blocks count as shared."""
-    return LIMIT * config.num_selected_blocks * unions.counts.shape[0]
+def most_shared(unions: BlockUnions, config: SparsityConfig, factor: int) -> int:
+    """The largest total of union sizes up to which blocks count as shared, over tiles of `factor` · 64 rows."""
+    return LIMIT * factor * config.num_selected_blocks * unions.counts.shape[0]
 
 
 @triton.jit

@@ -28,8 +28,8 @@ from nsa.kernels.selected_keys import selected_dkdv
 from nsa.kernels.tiles import KernelPlan, Tile
 from nsa.kernels.unions import MAX_QUERIES, unite_choices
 
-HOPPER_DQ_ROWS = 128
-"""Rows of a tile of selected_dq_hopper.py. Their queries choose more blocks than those of 64 rows do: it is as fast as dq block by block
+HOPPER_ROWS = 128
+"""Rows of a tile on Hopper. Their queries choose more blocks than those of 64 rows do: dq is as fast as block by block
 (14.4 ms at 64k, group 4) with 124 of them, by a line through 5.7 ms with 38 and 27.6 with 255."""
 NO_LIMIT = 2**31 - 1
 """What a total of union sizes never exceeds: the kernels here run whatever was chosen."""
@@ -48,24 +48,14 @@ def tile_queries(rows: int, group: int) -> int:
     return min(max(1, rows // group), MAX_QUERIES)
 
 
-def takes_hopper(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, size: int) -> bool:
-    """Whether the forward pass runs on selected_hopper.py, which is imported only where it can run."""
+def takes_hopper(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, size: int, *others: torch.Tensor | None) -> bool:
+    """Whether selected_hopper.py computes the forward pass and selected_dq_hopper.py dq, which are imported only where they can run.
+    others: what is read or written with q's rows."""
     if not runs_hopper_kernels(q.device):
         return False
     from nsa.kernels import selected_hopper
 
-    return selected_hopper.takes(q, k, v, size)
-
-
-def dq_takes_hopper(
-    d_out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dq: torch.Tensor, before: torch.Tensor | None, size: int
-) -> bool:  # fmt: skip
-    """Whether dq comes from selected_dq_hopper.py, which is imported only where it can run."""
-    if not runs_hopper_kernels(q.device):
-        return False
-    from nsa.kernels import selected_dq_hopper
-
-    return selected_dq_hopper.takes(d_out, q, k, v, size) and all(selected_dq_hopper.takes_sum(x, q) for x in (dq, before) if x is not None)
+    return selected_hopper.takes(q, k, v, size, [x for x in others if x is not None])
 
 
 @triton.jit
@@ -227,11 +217,11 @@ def selected_forward(
     branch_out = torch.empty(q.shape[0], num_heads, value_dim, dtype=q.dtype, device=q.device) if keep else None
     if not lse.numel():
         return branch_out, lse
-    dims, hopper = padded(key_dim) + padded(value_dim), takes_hopper(q, k, v, size)
+    dims, hopper = padded(key_dim) + padded(value_dim), takes_hopper(q, k, v, size, out)
     shape = query_tile(dims, group, size, q.dtype, backward=False)
-    unions = unite_choices(selection, tile_queries(shape.rows, group), plan, config)
+    unions = unite_choices(selection, tile_queries(HOPPER_ROWS if hopper else shape.rows, group), plan, config)
     both = not deterministic and may_gather(group, plan, config, padded(size) * dims * q.element_size(), q.dtype)
-    limit = most_shared(unions, config) if both else NO_LIMIT
+    limit = most_shared(unions, config, HOPPER_ROWS // shape.rows if hopper else 1) if both else NO_LIMIT
     if hopper:
         from nsa.kernels import selected_hopper
 
@@ -289,11 +279,10 @@ def selected_backward(
     dims = padded(key_dim) + padded(value_dim)
     shape = query_tile(dims, group, size, q.dtype, backward=True)
     index = invert_selection(selection, plan, config)
-    hopper = dq_takes_hopper(d_out, q, k, v, dq, dq_before, size)
-    unions = unite_choices(selection, tile_queries(HOPPER_DQ_ROWS if hopper else shape.rows, group), plan, config)
+    hopper = takes_hopper(q, k, v, size, d_out, dq, dq_before)
+    unions = unite_choices(selection, tile_queries(HOPPER_ROWS if hopper else shape.rows, group), plan, config)
     both = not deterministic and may_gather(group, plan, config, padded(size) * dims * q.element_size(), q.dtype)
-    # HOPPER_DQ_ROWS are twice as many rows
-    limit = most_shared(unions, config) * (2 if hopper else 1) if both else NO_LIMIT
+    limit = most_shared(unions, config, HOPPER_ROWS // shape.rows if hopper else 1) if both else NO_LIMIT
     given, before = (d_out, q, k, v), dq if dq_before is None else dq_before
     if hopper:
         from nsa.kernels import selected_dq_hopper

@@ -1,39 +1,21 @@
 """Hopper's kernel of the selected branch's dq, in Gluon (selected.py says what it computes and when it is taken).
 
-Two warp groups take 64 rows (queries × heads of a KV head) each through the blocks that any of the tile's queries chose. They
-share the blocks in shared memory, so that one brought from L2 serves 128 rows, and let those pass that none of their own
-queries chose. A warp of its own brings them, so that neither waits for the other to make room. q and dO are operands from
-registers; those of the next tile are copied into shared memory meanwhile. While one warp group computes exponents the other
-keeps the tensor cores busy; each has the next block's scores and dP on their way. A block that a row's query did not choose gets
-weights of exactly 0 and changes nothing in the row. Written for Triton 3.6's Gluon, with the parts of banded_hopper.py and banded_hopper_dq.py.
+Two warp groups and a warp that brings blocks, as in selected_hopper.py, whose parts it uses. q and dO are operands from registers;
+those of the next tile are copied into shared memory meanwhile. Each warp group has the next block's scores and dP on their way.
+A block that a row's query did not choose gets weights of exactly 0 and changes nothing in the row. Written for Triton 3.6's Gluon.
 """
 
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from nsa.kernels.banded_hopper import anew, await_tile, clear_rows, copied_in_bulk, key_descriptor, num_processors, row_pointers
-from nsa.kernels.banded_hopper_dq import fill_pair, row_statistics
+from nsa.kernels.banded_hopper import anew, await_tile, key_descriptor, num_processors
+from nsa.kernels.banded_hopper_dq import row_statistics
 from nsa.kernels.launch import LOG2_E, launch
-from nsa.kernels.selected_hopper import tile_of
+from nsa.kernels.selected_hopper import STAGES, bring_blocks, copy_rows, next_own, prepare_rings, rows_aligned, store_rows, tile_of
 from nsa.kernels.tiles import KernelPlan
 from nsa.kernels.unions import BlockUnions
-
-ROWS = 128
-STAGES = 4
-"""Blocks of K and V in shared memory."""
-MIN_GROUP = 3
-"""Heads of a KV head, so that a tile's queries have room in an int32 of bits and fill both warp groups."""
-
-
-@gluon.jit
-def copy_rows(tile, Source, place, stride, stride_head, rows, dims, GROUP: gl.constexpr, QUERIES: gl.constexpr):
-    """Starts the copy of a place's rows of q, dO or dq, 16 bytes a thread; rows of no query repeat the last query's."""
-    head, start, row, _first_key, num_queries, _num_keys, _position, _list_at, _count = place
-    query = gl.minimum(gl.minimum(rows // GROUP, QUERIES - 1), num_queries - 1 - start)
-    at = Source + head * GROUP * stride_head + row * stride + query * stride + rows % GROUP * stride_head
-    async_copy.async_copy_global_to_shared(tile, at[:, None] + dims)
 
 
 @gluon.jit
@@ -59,13 +41,13 @@ def gather_dq(
     WARP_GROUP: gl.constexpr, GROUP: gl.constexpr, QUERIES: gl.constexpr, OUTPUT: gl.constexpr,
 ):  # fmt: skip
     """acc with the parts of a place's blocks added: the last product on its way, and the place of its keys."""
-    descs, buffers, rings, _row_tiles, _tensors, _row_tensors, lists, _tables, _strides, _row_strides, score_scale, _scale, _sizes = common
+    blocks, _row_tiles, _tensors, _row_tensors, _row_strides, score_scale, _scale = common
+    descs, buffers, rings, lists, _tables, _strides, _sizes = blocks
     keys, values = buffers
     ready, empty, _landed = rings
-    Blocks, Bits = lists
     q_rows, do_rows = operands
     shift, delta = stats
-    _head, _start, _row, _first_key, _num_queries, _num_keys, position, list_at, count = place
+    position, list_at, count = place[6], place[7], place[8]
     STAGES: gl.constexpr = keys.type.shape[0]
     DTYPE: gl.constexpr = descs[0].dtype
     weight_layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=OUTPUT, k_width=2)
@@ -75,22 +57,14 @@ def gather_dq(
     query = gl.minimum(rows // GROUP, QUERIES - 1)
     positions = position + query
 
-    block, bits = gl.load(Blocks + list_at), gl.load(Bits + list_at)
+    block, bits = gl.load(lists[0] + list_at), gl.load(lists[1] + list_at)
     slot = await_tile(ready, done)
     scores = warpgroup_mma(q_rows, keys.index(slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
     d_p = warpgroup_mma(do_rows, values.index(slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
     scores = warpgroup_mma_wait(1, deps=[scores])
     now = 0
     while now < count - 1:
-        coming = now + 1
-        next_bits = gl.load(Bits + list_at + coming)
-        for _ in gl.static_range(STAGES - 2):  # further ahead a block could come only into the place of the one at hand
-            if (coming < count - 1) & (((next_bits >> FIRST) & MINE) == 0):
-                passing = await_tile(ready, done + coming)
-                mbarrier.arrive(empty.index(passing), count=1)
-                coming += 1
-                next_bits = gl.load(Bits + list_at + coming)
-        next_block = gl.load(Blocks + list_at + coming)
+        coming, next_block, next_bits = next_own(lists, rings, place, now, done, FIRST, MINE)
         p = row_weights(scores, shift, score_scale, block, bits, query, positions, position, columns)
         d_p = warpgroup_mma_wait(0, deps=[d_p])
         slot = await_tile(ready, done + coming)
@@ -112,7 +86,8 @@ def gather_dq(
 @gluon.jit
 def dq_rows(common, WARP_GROUP: gl.constexpr, GROUP: gl.constexpr, QUERIES: gl.constexpr, BEFORE: gl.constexpr):
     """Rows 64·WARP_GROUP … of each of the program's tiles."""
-    _descs, buffers, rings, row_tiles, tensors, row_tensors, _lists, tables, _strides, row_strides, _score_scale, scale, sizes = common
+    blocks, row_tiles, tensors, row_tensors, row_strides, _score_scale, scale = common
+    _descs, buffers, rings, _lists, tables, _strides, sizes = blocks
     empty = rings[1]
     Q, DOut, DQ, Before = tensors
     stride_q, stride_qh, stride_do, stride_doh, stride_dq, stride_dqh, stride_b, stride_bh = row_strides[0]
@@ -161,57 +136,9 @@ def dq_rows(common, WARP_GROUP: gl.constexpr, GROUP: gl.constexpr, QUERIES: gl.c
             result += result_tile.load(mma_o).to(gl.float32)
         result_tile.store(result.to(DQ.dtype.element_ty))
         gl.thread_barrier()
-        head, start, row, _first_key, num_queries, _num_keys, _position, _list_at, _count = place
-        here = anew(wide_rows, place)
-        valid = ((start + here // GROUP < num_queries) & (here < QUERIES * GROUP))[:, None]
-        at = row_pointers(DQ + head * GROUP * stride_dqh, row, stride_dq, stride_dqh, here, GROUP)
-        gl.store(at[:, None] + dims, result_tile.load(wide), mask=valid)
+        store_rows(DQ, place, stride_dq, stride_dqh, result_tile, anew(wide_rows, place), dims, GROUP, QUERIES, wide)
         place = next_place
     async_copy.wait_group(0)
-
-
-@gluon.jit
-def fill_last(descs, buffers, rings, number, turn, row, columns, num_keys):
-    """As `fill_pair`, of a block with fewer keys than 64, the `turn`-th of them: what lies behind the keys is cleared before the block counts
-    as there."""
-    k_desc, v_desc = descs
-    keys, values = buffers
-    ready, empty, landed = rings
-    DIM: gl.constexpr = keys.type.shape[2]
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [1, 1], [1, 0])
-    slot = number % keys.type.shape[0]
-    mbarrier.wait(empty.index(slot), (number // keys.type.shape[0] & 1) ^ 1)
-    mbarrier.expect(landed.index(0), k_desc.block_type.nbytes + v_desc.block_type.nbytes)
-    tma.async_copy_global_to_shared(k_desc, [row, columns[0]], landed.index(0), keys.index(slot))
-    tma.async_copy_global_to_shared(v_desc, [row, columns[1]], landed.index(0), values.index(slot))
-    mbarrier.wait(landed.index(0), turn & 1)
-    for first in gl.static_range(0, 64, 8):  # a warp has few registers
-        if num_keys < first + 8:
-            clear_rows(keys.index(slot).slice(first, 8), first, num_keys, LAYOUT)
-            clear_rows(values.index(slot).slice(first, 8), first, num_keys, LAYOUT)
-    fence_async_shared()
-    gl.thread_barrier()
-    mbarrier.arrive(ready.index(slot), count=1)
-
-
-@gluon.jit
-def bring_blocks(common):
-    """Starts the copies of every block of the program's tiles, in order, each once both warp groups have left its place."""
-    descs, buffers, rings, _row_tiles, _tensors, _row_tensors, lists, tables, strides, _row_strides, _score_scale, _scale, sizes = common
-    ready, empty, _landed = rings
-    num_tiles, num_heads, capacity = sizes
-    done, turn = 0, 0
-    for index in range(gl.program_id(0), num_tiles * num_heads, gl.num_programs(0)):
-        head, _start, _row, first_key, _num_queries, num_keys, _position, list_at, count = tile_of(index, num_tiles, num_heads, tables, capacity)
-        columns = (head * strides[0], head * strides[1])
-        for i in range(count):
-            key = gl.load(lists[0] + list_at + i) * 64
-            if key + 64 > num_keys:
-                fill_last(descs, buffers, rings, done + i, turn, first_key + key, columns, num_keys - key)
-                turn += 1
-            else:
-                fill_pair(descs, buffers, ready, empty, done + i, first_key + key, columns)
-        done += count
 
 
 @gluon.jit(do_not_specialize=["num_tiles", "capacity", "limit"])
@@ -230,42 +157,12 @@ def dq_kernel(
     results = gl.allocate_shared_memory(DTYPE, [2, 64, DIM], rows_layout)
     keys = gl.allocate_shared_memory(DTYPE, [STAGES, 64, DIM], k_desc.layout)
     values = gl.allocate_shared_memory(DTYPE, [STAGES, 64, DIM], v_desc.layout)
-    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
-        mbarrier.init(ready.index(i), count=1)
-        mbarrier.init(empty.index(i), count=2)
-    landed = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
-    mbarrier.init(landed.index(0), count=1)
-    fence_async_shared()
-    common = (
-        (k_desc, v_desc), (keys, values), (ready, empty, landed), (queries, d_outs, results), tensors, row_tensors, lists, tables, strides,
-        row_strides, score_scale, scale, (num_tiles, num_heads, capacity),
-    )  # fmt: skip
+    blocks = ((k_desc, v_desc), (keys, values), prepare_rings(STAGES), lists, tables, strides, (num_tiles, num_heads, capacity))
+    common = (blocks, (queries, d_outs, results), tensors, row_tensors, row_strides, score_scale, scale)
     gl.warp_specialize(
-        [(dq_rows, (common, 0, GROUP, QUERIES, BEFORE)), (dq_rows, (common, 1, GROUP, QUERIES, BEFORE)), (bring_blocks, (common,))],
+        [(dq_rows, (common, 0, GROUP, QUERIES, BEFORE)), (dq_rows, (common, 1, GROUP, QUERIES, BEFORE)), (bring_blocks, (blocks,))],
         [4, 1],
         [240, 24],
-    )
-
-
-def rows_aligned(x: torch.Tensor) -> bool:
-    """Whether rows `[T, heads, D]` can be copied 16 bytes at a time."""
-    return x.data_ptr() % 16 == 0 and x.stride(0) % 16 == 0 and x.stride(1) % 16 == 0 and x.stride(2) == 1
-
-
-def takes(d_out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, size: int) -> bool:
-    """Whether this kernel computes dq for the tensors and blocks of `size` keys, given a GPU that runs it."""
-    return (
-        q.dtype in (torch.bfloat16, torch.float16)
-        and size == 64
-        and k.shape[2] == v.shape[2]
-        and k.shape[2] in (64, 128)
-        and MIN_GROUP <= q.shape[1] // k.shape[1] <= ROWS // 2
-        and copied_in_bulk(k)
-        and copied_in_bulk(v)
-        and rows_aligned(d_out)
-        and rows_aligned(q)
     )
 
 

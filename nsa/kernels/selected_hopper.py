@@ -1,27 +1,31 @@
-"""Hopper's kernel of the selected branch's forward pass, in Gluon (selected.py says what it computes and when it is taken).
+"""Hopper's kernel of the selected branch's forward pass, in Gluon, and what it shares with that of dq (selected.py says what they
+compute and when they are taken).
 
-One warp group takes 64 rows (queries × heads of a KV head) through the blocks that any of its queries chose; two programs
-share a streaming multiprocessor, and while one computes exponents the other keeps the tensor cores busy. K and V come by
-bulk copy, the next blocks while this one is multiplied; a block that a row's query did not choose gets weights of exactly
-0 and changes nothing in the row. Written for Triton 3.6's Gluon, with the parts of banded_hopper.py.
-Leaves out the backward pass: dq in Triton reaches the same rate (selected.py), dk and dv are in selected_keys_hopper.py.
+Two warp groups take 64 rows (queries × heads of a KV head) each through the blocks that any of the tile's queries chose. They
+share the blocks in shared memory, so that one brought from L2 serves 128 rows, and let those pass that none of their own
+queries chose. A warp of its own brings them, so that neither waits for the other to make room. q is an operand from registers;
+that of the next tile is copied into shared memory meanwhile. While one warp group computes exponents the other keeps the tensor
+cores busy; each has the next block's scores on their way while it adds up this one's values. A block that a row's query did not
+choose gets weights of exactly 0 and changes nothing in the row. Written for Triton 3.6's Gluon, with the parts of banded_hopper.py.
+Leaves out the backward pass: dq is in selected_dq_hopper.py, dk and dv are in selected_keys_hopper.py.
 """
 
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
-from nsa.kernels.banded_hopper import await_tile, clear_rows, copied_in_bulk, finish_rows, key_descriptor, num_processors, row_pointers
+from nsa.kernels.banded_hopper import anew, await_tile, clear_rows, copied_in_bulk, key_descriptor, num_processors, row_pointers
+from nsa.kernels.banded_hopper_dq import fill_pair
 from nsa.kernels.launch import launch
 from nsa.kernels.tiles import KernelPlan
 from nsa.kernels.unions import BlockUnions
 
-ROWS = 64
-STAGES = 3
-"""Blocks of K in shared memory; of V one fewer, so that two programs find room."""
-MIN_GROUP = 2
-"""Heads of a KV head, so that a tile's queries have room in an int32 of bits."""
+ROWS = 128
+STAGES = 4
+"""Blocks of K and V in shared memory."""
+MIN_GROUP = 3
+"""Heads of a KV head, so that a tile's queries have room in an int32 of bits and fill both warp groups."""
 
 
 @gluon.jit
@@ -39,26 +43,88 @@ def tile_of(index, num_tiles, num_heads, tables, capacity):
 
 
 @gluon.jit
-def fill(desc, buffers, ready, number, row, column):
-    """Starts the copy of a block, the `number`-th of its ring; everybody has left its place."""
-    slot = number % buffers.type.shape[0]
-    mbarrier.expect(ready.index(slot), desc.block_type.nbytes)
-    tma.async_copy_global_to_shared(desc, [row, column], ready.index(slot), buffers.index(slot))
+def copy_rows(tile, Source, place, stride, stride_head, rows, dims, GROUP: gl.constexpr, QUERIES: gl.constexpr):
+    """Starts the copy of a place's rows of q, dO or dq, 16 bytes a thread; rows of no query repeat the last query's."""
+    head, start, row, _first_key, num_queries, _num_keys, _position, _list_at, _count = place
+    query = gl.minimum(gl.minimum(rows // GROUP, QUERIES - 1), num_queries - 1 - start)
+    at = Source + head * GROUP * stride_head + row * stride + query * stride + rows % GROUP * stride_head
+    async_copy.async_copy_global_to_shared(tile, at[:, None] + dims)
 
 
 @gluon.jit
-def fill_first(descs, buffers, rings, Blocks, list_at, count, done, first_key, columns):
-    """Starts the copies of a tile's first blocks, after `done` others."""
+def next_own(lists, rings, place, now, done, FIRST: gl.constexpr, MINE: gl.constexpr):
+    """The block after a place's `now`-th for the warp group whose queries are the MINE bits from FIRST on: its number in the list, the block
+    and its bits. Lets those pass that none of them chose, up to a few, and gives their places back."""
+    Blocks, Bits = lists
+    ready, empty, _landed = rings
+    list_at, count = place[7], place[8]
+    coming = now + 1
+    bits = gl.load(Bits + list_at + coming)
+    for _ in gl.static_range(ready.type.shape[0] - 2):  # further ahead a block could come only into the place of the one at hand
+        if (coming < count - 1) & (((bits >> FIRST) & MINE) == 0):
+            passing = await_tile(ready, done + coming)
+            mbarrier.arrive(empty.index(passing), count=1)
+            coming += 1
+            bits = gl.load(Bits + list_at + coming)
+    return coming, gl.load(Blocks + list_at + coming), bits
+
+
+@gluon.jit
+def fill_last(descs, buffers, rings, number, turn, row, columns, num_keys):
+    """As `fill_pair`, of a block with fewer keys than 64, the `turn`-th of them: what lies behind the keys is cleared before the block counts
+    as there."""
     k_desc, v_desc = descs
     keys, values = buffers
-    k_ready, v_ready = rings
-    stages: gl.constexpr = keys.type.shape[0]
-    for i in gl.static_range(stages):
-        if i < count:
-            row = first_key + gl.load(Blocks + list_at + i) * 64
-            fill(k_desc, keys, k_ready, done + i, row, columns[0])
-            if i < stages - 1:
-                fill(v_desc, values, v_ready, done + i, row, columns[1])
+    ready, empty, landed = rings
+    DIM: gl.constexpr = keys.type.shape[2]
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [1, 1], [1, 0])
+    slot = number % keys.type.shape[0]
+    mbarrier.wait(empty.index(slot), (number // keys.type.shape[0] & 1) ^ 1)
+    mbarrier.expect(landed.index(0), k_desc.block_type.nbytes + v_desc.block_type.nbytes)
+    tma.async_copy_global_to_shared(k_desc, [row, columns[0]], landed.index(0), keys.index(slot))
+    tma.async_copy_global_to_shared(v_desc, [row, columns[1]], landed.index(0), values.index(slot))
+    mbarrier.wait(landed.index(0), turn & 1)
+    for first in gl.static_range(0, 64, 8):  # a warp has few registers
+        if num_keys < first + 8:
+            clear_rows(keys.index(slot).slice(first, 8), first, num_keys, LAYOUT)
+            clear_rows(values.index(slot).slice(first, 8), first, num_keys, LAYOUT)
+    fence_async_shared()
+    gl.thread_barrier()
+    mbarrier.arrive(ready.index(slot), count=1)
+
+
+@gluon.jit
+def bring_blocks(blocks):
+    """Starts the copies of every block of the program's tiles, in order, each once both warp groups have left its place."""
+    descs, buffers, rings, lists, tables, strides, sizes = blocks
+    ready, empty, _landed = rings
+    num_tiles, num_heads, capacity = sizes
+    done, turn = 0, 0
+    for index in range(gl.program_id(0), num_tiles * num_heads, gl.num_programs(0)):
+        head, _start, _row, first_key, _num_queries, num_keys, _position, list_at, count = tile_of(index, num_tiles, num_heads, tables, capacity)
+        columns = (head * strides[0], head * strides[1])
+        for i in range(count):
+            key = gl.load(lists[0] + list_at + i) * 64
+            if key + 64 > num_keys:
+                fill_last(descs, buffers, rings, done + i, turn, first_key + key, columns, num_keys - key)
+                turn += 1
+            else:
+                fill_pair(descs, buffers, ready, empty, done + i, first_key + key, columns)
+        done += count
+
+
+@gluon.jit
+def prepare_rings(STAGES: gl.constexpr):
+    """Barriers of the blocks' places: one that is there, one that both warp groups have left, one that is being cleared."""
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    landed = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(ready.index(i), count=1)
+        mbarrier.init(empty.index(i), count=2)
+    mbarrier.init(landed.index(0), count=1)
+    fence_async_shared()
+    return ready, empty, landed
 
 
 @gluon.jit
@@ -73,126 +139,179 @@ def softmax_step(scores, row_max, scale, block, bits, query, positions, first_po
     return gl.exp2(scores * scale - gl.where(mine, shift, float("inf"))[:, None]), new_max, decay
 
 
+@gluon.jit
+def gather_values(
+    blocks, place, q_rows, rows, columns, zeros, scale, done,
+    WARP_GROUP: gl.constexpr, GROUP: gl.constexpr, QUERIES: gl.constexpr, SCORES: gl.constexpr, OUTPUT: gl.constexpr,
+):  # fmt: skip
+    """Unscaled sums of a place's values, the last product on its way; the place of its values; maximum and sum of each row."""
+    descs, buffers, rings, lists, _tables, _strides, _sizes = blocks
+    keys, values = buffers
+    ready, empty, _landed = rings
+    position, list_at, count = place[6], place[7], place[8]
+    STAGES: gl.constexpr = keys.type.shape[0]
+    DIM: gl.constexpr = keys.type.shape[2]
+    DTYPE: gl.constexpr = descs[0].dtype
+    weight_layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=OUTPUT, k_width=2)
+    FIRST: gl.constexpr = WARP_GROUP * 64 // GROUP
+    LAST: gl.constexpr = min((WARP_GROUP * 64 + 63) // GROUP, QUERIES - 1)
+    MINE: gl.constexpr = (1 << (LAST - FIRST + 1)) - 1
+    query = gl.minimum(rows // GROUP, QUERIES - 1)
+    positions = position + query
+
+    slot = await_tile(ready, done)
+    scores = warpgroup_mma(q_rows, keys.index(slot).permute((1, 0)), zeros, use_acc=False)
+    row_max = gl.full([64], float("-inf"), gl.float32, layout=gl.SliceLayout(1, SCORES))
+    block, bits = gl.load(lists[0] + list_at), gl.load(lists[1] + list_at)
+    p, row_max, _decay = softmax_step(scores, row_max, scale, block, bits, query, positions, position, columns)
+    row_sum = gl.sum(p, 1)
+    weights = gl.convert_layout(p.to(DTYPE), weight_layout)
+    acc = gl.zeros([64, DIM], gl.float32, layout=OUTPUT)
+    now = 0
+    while now < count - 1:
+        coming, block, bits = next_own(lists, rings, place, now, done, FIRST, MINE)
+        slot = await_tile(ready, done + coming)
+        before = (done + now) % STAGES
+        scores = warpgroup_mma(q_rows, keys.index(slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
+        adding = warpgroup_mma(weights, values.index(before), acc, is_async=True)
+        scores = warpgroup_mma_wait(1, deps=[scores])
+        p, row_max, decay = softmax_step(scores, row_max, scale, block, bits, query, positions, position, columns)
+        row_sum = row_sum * decay + gl.sum(p, 1)
+        acc = warpgroup_mma_wait(0, deps=[adding])
+        mbarrier.arrive(empty.index(before), count=1)
+        acc = acc * gl.convert_layout(decay, gl.SliceLayout(1, OUTPUT))[:, None]
+        weights = gl.convert_layout(p.to(DTYPE), weight_layout)
+        now = coming
+    slot = (done + count - 1) % STAGES
+    return warpgroup_mma(weights, values.index(slot), acc, is_async=True), slot, row_max, row_sum
+
+
+@gluon.jit
+def store_rows(Target, place, stride, stride_head, tile, rows, dims, GROUP: gl.constexpr, QUERIES: gl.constexpr, LAYOUT: gl.constexpr):
+    """Writes the rows of a shared tile to those of a query-sided tensor that exist."""
+    head, start, row, _first_key, num_queries, _num_keys, _position, _list_at, _count = place
+    valid = ((start + rows // GROUP < num_queries) & (rows < QUERIES * GROUP))[:, None]
+    at = row_pointers(Target + head * GROUP * stride_head, row, stride, stride_head, rows, GROUP)
+    gl.store(at[:, None] + dims, tile.load(LAYOUT), mask=valid)
+
+
+@gluon.jit
+def forward_rows(common, WARP_GROUP: gl.constexpr, GROUP: gl.constexpr, QUERIES: gl.constexpr, ACCUMULATE: gl.constexpr, KEEP: gl.constexpr):
+    """Rows 64·WARP_GROUP … of each of the program's tiles."""
+    blocks, row_tiles, tensors, strides, scale = common
+    _descs, buffers, rings, _lists, tables, _strides, sizes = blocks
+    Q, Gate, Out, Branch, Lse = tensors
+    stride_q, stride_qh, stride_g, stride_gh, stride_o, stride_oh, stride_b, stride_bh, stride_l = strides
+    num_tiles, num_heads, capacity = sizes
+    empty = rings[1]
+    DIM: gl.constexpr = buffers[0].type.shape[2]
+    mma_s: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
+    mma_o: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, DIM, 16])
+    output_rows: gl.constexpr = gl.SliceLayout(1, mma_o)
+    row_layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=mma_s, k_width=2)
+    wide: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [4, 1], [1, 0])
+    q_tile, result_tile = row_tiles[0].index(WARP_GROUP), row_tiles[1].index(WARP_GROUP)
+    rows = WARP_GROUP * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, mma_s))
+    wide_rows = WARP_GROUP * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, wide))
+    columns = gl.arange(0, 64, layout=gl.SliceLayout(0, mma_s))
+    dims = gl.arange(0, DIM, layout=gl.SliceLayout(0, wide))[None, :]
+    zeros = gl.zeros([64, 64], gl.float32, layout=mma_s)
+    num_units, step = num_tiles * num_heads, gl.num_programs(0)
+    place = tile_of(gl.program_id(0), num_tiles, num_heads, tables, capacity)
+    copy_rows(q_tile, Q, place, stride_q, stride_qh, wide_rows, dims, GROUP, QUERIES)
+    async_copy.commit_group()
+    done = 0
+    for index in range(gl.program_id(0), num_units, step):
+        async_copy.wait_group(0)
+        gl.thread_barrier()
+        q_rows = q_tile.load(row_layout)
+        gl.thread_barrier()
+        here = anew(wide_rows, place)
+        following = tile_of(gl.minimum(index + step, num_units - 1), num_tiles, num_heads, tables, capacity)
+        copy_rows(q_tile, Q, following, stride_q, stride_qh, here, dims, GROUP, QUERIES)
+        if ACCUMULATE:
+            copy_rows(result_tile, Out, place, stride_o, stride_oh, here, dims, GROUP, QUERIES)
+        async_copy.commit_group()
+        adding, slot, row_max, row_sum = gather_values(
+            blocks, place, q_rows, rows, columns, zeros, scale, done, WARP_GROUP, GROUP, QUERIES, mma_s, mma_o
+        )
+        done += place[8]
+        head, start, row, _first_key, num_queries, _num_keys, _position, _list_at, _count = place
+        own_rows = anew(rows, place)
+        known = (start + own_rows // GROUP < num_queries) & (own_rows < QUERIES * GROUP)
+        gate_at = row_pointers(Gate + head * GROUP * stride_gh, row, stride_g, stride_gh, own_rows, GROUP)
+        gate = gl.load(gate_at, mask=known, other=0.0).to(gl.float32)
+        some = row_sum > 0
+        total = gl.where(some, row_sum, 1.0)
+        lse = gl.where(some, (row_max + gl.log2(total)) * 0.6931471805599453, float("-inf"))
+        gl.store(row_pointers(Lse + head * GROUP, row, stride_l, 1, own_rows, GROUP), lse, mask=known)
+        acc = warpgroup_mma_wait(0, deps=[adding])
+        mbarrier.arrive(empty.index(slot), count=1)
+        result = acc / gl.convert_layout(total, output_rows)[:, None]
+        gated = result * gl.convert_layout(gate, output_rows)[:, None]
+        async_copy.wait_group(0)
+        gl.thread_barrier()
+        if ACCUMULATE:
+            gated += result_tile.load(mma_o).to(gl.float32)
+            gl.thread_barrier()
+        here = anew(wide_rows, place)
+        if KEEP:
+            result_tile.store(result.to(Branch.dtype.element_ty))
+            gl.thread_barrier()
+            store_rows(Branch, place, stride_b, stride_bh, result_tile, here, dims, GROUP, QUERIES, wide)
+            gl.thread_barrier()
+        result_tile.store(gated.to(Out.dtype.element_ty))
+        gl.thread_barrier()
+        store_rows(Out, place, stride_o, stride_oh, result_tile, here, dims, GROUP, QUERIES, wide)
+        place = tile_of(gl.minimum(index + step, num_units - 1), num_tiles, num_heads, tables, capacity)
+    async_copy.wait_group(0)
+
+
 @gluon.jit(do_not_specialize=["num_tiles", "capacity", "limit"])
 def forward_kernel(
-    k_desc, v_desc, Q, Gate, Out, Branch, Lse, Blocks, Bits, TotalBlocks, tables, strides, scale, num_tiles, num_heads, capacity, limit,
+    k_desc, v_desc, tensors, lists, TotalBlocks, tables, key_strides, strides, scale, num_tiles, num_heads, capacity, limit,
     GROUP: gl.constexpr, QUERIES: gl.constexpr, STAGES: gl.constexpr, ACCUMULATE: gl.constexpr, KEEP: gl.constexpr,
 ):  # fmt: skip
-    """Out (+)= gate · o, branch output and LSE of the tiles program, program + programs, …, heads of a tile side by side."""
+    """Out (+)= gate · o, branch output and LSE of the tiles program, program + programs, …"""
     if gl.load(TotalBlocks) > limit:
         return
     DTYPE: gl.constexpr = k_desc.dtype
     DIM: gl.constexpr = k_desc.block_type.shape[1]
-    stride_q, stride_qh, stride_kh, stride_vh, stride_g, stride_gh, stride_o, stride_oh, stride_b, stride_bh, stride_l = strides
-    mma_s: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
-    mma_o: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, DIM, 16])
-    weight_layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=mma_o, k_width=2)
-    wide: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [4, 1], [1, 0])
-    query_tile = gl.allocate_shared_memory(DTYPE, [64, DIM], gl.NVMMASharedLayout.get_default_for([64, DIM], DTYPE))
+    rows_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, DIM], DTYPE)
+    queries = gl.allocate_shared_memory(DTYPE, [2, 64, DIM], rows_layout)
+    results = gl.allocate_shared_memory(DTYPE, [2, 64, DIM], rows_layout)
     keys = gl.allocate_shared_memory(DTYPE, [STAGES, 64, DIM], k_desc.layout)
-    values = gl.allocate_shared_memory(DTYPE, [STAGES - 1, 64, DIM], v_desc.layout)
-    k_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_ready = gl.allocate_shared_memory(gl.int64, [STAGES - 1, 1], mbarrier.MBarrierLayout())
-    for number in gl.static_range(STAGES):
-        mbarrier.init(k_ready.index(number), count=1)
-    for number in gl.static_range(STAGES - 1):
-        mbarrier.init(v_ready.index(number), count=1)
-    fence_async_shared()
-    gl.thread_barrier()
-    descs, buffers, rings = (k_desc, v_desc), (keys, values), (k_ready, v_ready)
-
-    rows = gl.arange(0, 64, layout=gl.SliceLayout(1, mma_s))
-    wide_rows = gl.arange(0, 64, layout=gl.SliceLayout(1, wide))
-    columns = gl.arange(0, 64, layout=gl.SliceLayout(0, mma_s))
-    dims = gl.arange(0, DIM, layout=gl.SliceLayout(0, wide))[None, :]
-    zeros = gl.zeros([64, 64], gl.float32, layout=mma_s)
-    query = gl.minimum(rows // GROUP, QUERIES - 1)
-    num_units, step = num_tiles * num_heads, gl.num_programs(0)
-    head, start, row, first_key, num_queries, num_keys, position, list_at, count = tile_of(gl.program_id(0), num_tiles, num_heads, tables, capacity)
-    fill_first(descs, buffers, rings, Blocks, list_at, count, 0, first_key, (head * stride_kh, head * stride_vh))
-    valid = (start + wide_rows // GROUP < num_queries) & (wide_rows < QUERIES * GROUP)
-    first_at = row_pointers(Q + head * GROUP * stride_qh, row, stride_q, stride_qh, wide_rows, GROUP)
-    query_tile.store(gl.load(first_at[:, None] + dims, mask=valid[:, None], other=0.0))
-    fence_async_shared()
-    gl.thread_barrier()
-    done = 0
-    for index in range(gl.program_id(0), num_units, step):
-        next_head, next_start, next_row, next_first_key, next_queries, next_keys, next_position, next_list, next_count = tile_of(
-            gl.minimum(index + step, num_units - 1), num_tiles, num_heads, tables, capacity
-        )
-        group = head * GROUP
-        positions = position + rows // GROUP
-        block, bits = gl.load(Blocks + list_at), gl.load(Bits + list_at)
-        v_row = first_key + gl.load(Blocks + list_at + gl.minimum(STAGES - 1, count - 1)) * 64
-        slot = await_tile(k_ready, done)
-        scores = warpgroup_mma(query_tile, keys.index(slot).permute((1, 0)), zeros, use_acc=False)
-        row_max = gl.full([64], float("-inf"), gl.float32, layout=gl.SliceLayout(1, mma_s))
-        p, row_max, decay = softmax_step(scores, row_max, scale, block, bits, query, positions, position, columns)
-        row_sum = gl.sum(p, 1)
-        weights = gl.convert_layout(p.to(DTYPE), weight_layout)
-        acc = gl.zeros([64, DIM], gl.float32, layout=mma_o)
-        gl.thread_barrier()
-        for i in range(1, count):
-            block, bits = gl.load(Blocks + list_at + i), gl.load(Bits + list_at + i)
-            k_ahead = i + STAGES - 1
-            k_row = first_key + gl.load(Blocks + list_at + gl.minimum(k_ahead, count - 1)) * 64
-            slot = await_tile(k_ready, done + i)
-            coming = warpgroup_mma(query_tile, keys.index(slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
-            v_slot = await_tile(v_ready, done + i - 1)
-            adding = warpgroup_mma(weights, values.index(v_slot), acc, is_async=True)
-            if k_ahead < count:  # in the place of block i - 1, whose scores are done
-                fill(k_desc, keys, k_ready, done + k_ahead, k_row, head * stride_kh)
-            scores = warpgroup_mma_wait(1, deps=[coming])
-            p, row_max, decay = softmax_step(scores, row_max, scale, block, bits, query, positions, position, columns)
-            row_sum = row_sum * decay + gl.sum(p, 1)
-            acc = warpgroup_mma_wait(0, deps=[adding])
-            acc = acc * gl.convert_layout(decay, gl.SliceLayout(1, mma_o))[:, None]
-            weights = gl.convert_layout(p.to(DTYPE), weight_layout)
-            gl.thread_barrier()
-            if i + STAGES - 2 < count:  # in the place of block i - 1
-                fill(v_desc, values, v_ready, done + i + STAGES - 2, v_row, head * stride_vh)
-            v_row = k_row
-        slot = await_tile(v_ready, done + count - 1)
-        if block * 64 + 64 > num_keys:
-            clear_rows(values.index(slot), block * 64, num_keys, wide)
-            fence_async_shared()
-            gl.thread_barrier()
-        acc = warpgroup_mma(weights, values.index(slot), acc)
-        done += count
-        more = index + step < num_units
-        next_valid = (next_start + wide_rows // GROUP < next_queries) & (wide_rows < QUERIES * GROUP) & more
-        at = row_pointers(Q + next_head * GROUP * stride_qh, next_row, stride_q, stride_qh, wide_rows, GROUP)
-        next_q = gl.load(at[:, None] + dims, mask=next_valid[:, None], other=0.0)
-        gl.thread_barrier()  # everybody's products are done: all places are free
-        if more:
-            fill_first(descs, buffers, rings, Blocks, next_list, next_count, done, next_first_key, (next_head * stride_kh, next_head * stride_vh))
-        valid = (start + wide_rows // GROUP < num_queries) & (wide_rows < QUERIES * GROUP)
-        out_at = row_pointers(Out + group * stride_oh, row, stride_o, stride_oh, wide_rows, GROUP)[:, None] + dims
-        gate = gl.load(row_pointers(Gate + group * stride_gh, row, stride_g, stride_gh, wide_rows, GROUP), mask=valid, other=0.0)
-        written = (start + rows // GROUP < num_queries) & (rows < QUERIES * GROUP)
-        kept = ((Branch, Lse), (stride_b, stride_bh, stride_l))
-        result = finish_rows(acc, row_max, row_sum, gate, *kept, group, row, rows, wide_rows, written, valid, dims, wide, mma_o, GROUP, KEEP)
-        if ACCUMULATE:
-            result += gl.load(out_at, mask=valid[:, None], other=0.0).to(gl.float32)
-        gl.store(out_at, result.to(Out.dtype.element_ty), mask=valid[:, None])
-        gl.thread_barrier()
-        query_tile.store(next_q)
-        fence_async_shared()
-        gl.thread_barrier()
-        head, start, row, first_key, num_queries, num_keys = next_head, next_start, next_row, next_first_key, next_queries, next_keys
-        position, list_at, count = next_position, next_list, next_count
+    values = gl.allocate_shared_memory(DTYPE, [STAGES, 64, DIM], v_desc.layout)
+    blocks = ((k_desc, v_desc), (keys, values), prepare_rings(STAGES), lists, tables, key_strides, (num_tiles, num_heads, capacity))
+    common = (blocks, (queries, results), tensors, strides, scale)
+    gl.warp_specialize(
+        [
+            (forward_rows, (common, 0, GROUP, QUERIES, ACCUMULATE, KEEP)),
+            (forward_rows, (common, 1, GROUP, QUERIES, ACCUMULATE, KEEP)),
+            (bring_blocks, (blocks,)),
+        ],
+        [4, 1],
+        [240, 24],
+    )
 
 
-def takes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, size: int) -> bool:
-    """Whether this kernel computes the forward pass for the tensors and blocks of `size` keys, given a GPU that runs it."""
+def rows_aligned(x: torch.Tensor) -> bool:
+    """Whether rows `[T, heads, D]` can be copied 16 bytes at a time."""
+    return x.data_ptr() % 16 == 0 and x.stride(0) % 16 == 0 and x.stride(1) % 16 == 0 and x.stride(2) == 1
+
+
+def takes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, size: int, others: list[torch.Tensor]) -> bool:
+    """Whether these kernels compute the forward pass and dq for the tensors and blocks of `size` keys, given a GPU that runs them.
+    others: what is read or written with q's rows (out; or d_out and dq)."""
     return (
         q.dtype in (torch.bfloat16, torch.float16)
         and size == 64
         and k.shape[2] == v.shape[2]
         and k.shape[2] in (64, 128)
-        and MIN_GROUP <= q.shape[1] // k.shape[1] <= ROWS
+        and MIN_GROUP <= q.shape[1] // k.shape[1] <= ROWS // 2
         and copied_in_bulk(k)
         and copied_in_bulk(v)
+        and all(x.dtype == q.dtype and rows_aligned(x) for x in (q, *others))
     )
 
 
@@ -203,13 +322,14 @@ def forward(
     """`selected.selected_forward` on this kernel: writes out, branch (where given) and lse, unless the unions' total is above `limit`.
 
     Args:
-        unions: over tiles of ROWS // group queries. scale: on q·k, times log2(e).
+        unions: over tiles of ROWS // group queries, at most MAX_QUERIES. scale: on q·k, times log2(e).
     """
     num_tiles, num_heads, kept = unions.tiles.shape[0], k.shape[1], out if branch is None else branch
-    strides = (*q.stride()[:2], k.stride(1), v.stride(1), *gate.stride(), *out.stride()[:2], *kept.stride()[:2], lse.stride(0))
+    strides = (*q.stride()[:2], *gate.stride(), *out.stride()[:2], *kept.stride()[:2], lse.stride(0))
     launch(
-        forward_kernel, (min(num_tiles * num_heads, 2 * num_processors(q.device)),),
-        key_descriptor(k, 64), key_descriptor(v, 64), q, gate, out, kept, lse, unions.blocks, unions.bits, unions.total,
-        (unions.tiles, plan.query_ends, plan.key_ends, unions.counts), strides, scale, num_tiles, num_heads, unions.blocks.shape[1], limit,
-        GROUP=q.shape[1] // num_heads, QUERIES=unions.queries, STAGES=STAGES, ACCUMULATE=accumulate, KEEP=branch is not None, num_warps=4,
+        forward_kernel, (min(num_tiles * num_heads, num_processors(q.device)),),
+        key_descriptor(k, 64), key_descriptor(v, 64), (q, gate, out, kept, lse), (unions.blocks, unions.bits), unions.total,
+        (unions.tiles, plan.query_ends, plan.key_ends, unions.counts), (k.stride(1), v.stride(1)), strides, scale, num_tiles, num_heads,
+        unions.blocks.shape[1], limit, GROUP=q.shape[1] // num_heads, QUERIES=unions.queries, STAGES=STAGES, ACCUMULATE=accumulate,
+        KEEP=branch is not None, num_warps=4,
     )  # fmt: skip
