@@ -2,9 +2,8 @@
 what they compute and when they are taken).
 
 Two warp groups share each tile of keys, 64 rows of queries each, and wait for nothing of each other but for room for the
-next tile: while one computes exponents the other keeps the tensor cores busy. Warp group 0 starts the bulk copies (TMA) of
-K and V. There is no warp group for copies alone: a third one would leave 168 registers a thread, too few for the products
-to stay asynchronous. A bulk copy may bring rows of a neighbouring sequence: the scores of those keys are masked, and rows
+next tile: while one computes exponents the other keeps the tensor cores busy. A warp of its own starts the bulk copies (TMA)
+of K and V. A bulk copy may bring rows of a neighbouring sequence: the scores of those keys are masked, and rows
 of V (K, q and dO, where they are factors of a gradient) are cleared in shared memory.
 
 Every program works on a fixed list of tiles; while it writes the results of one, queries and first keys of the next are on
@@ -132,23 +131,25 @@ def softmax_step(scores, row_max, scale, key, bounds, keys, positions, STRIDE: g
 
 
 @gluon.jit
-def fill_first(common, done, place, STRIDE: gl.constexpr, OFFSET: gl.constexpr, WINDOW: gl.constexpr):
-    """Starts the copies of the first tiles of K and V for the queries at a place, after `done` others."""
-    descs, buffers, rings, _tensors, _tables, KeyEnds, strides, _scale, _num_tiles, _num_heads = common
+def bring_tiles(common, GROUP: gl.constexpr, STRIDE: gl.constexpr, OFFSET: gl.constexpr, WINDOW: gl.constexpr):
+    """Starts the copies of K and V that the program's warp groups take, in their order: the next tile of K before this one of V."""
+    descs, buffers, rings, _tensors, tables, KeyEnds, strides, _scale, num_tiles, num_heads = common
     k_desc, v_desc = descs
-    _, keys, values = buffers
+    _queries, keys, values = buffers
     k_ready, k_empty, v_ready, v_empty, _cleared = rings
-    stages: gl.constexpr = keys.type.shape[0]
     width: gl.constexpr = keys.type.shape[1]
-    head, sequence, _start, _row, _num_queries, first, last = place
-    first_key, num_keys = keys_of(KeyEnds, sequence)
-    begin, _, _, end = key_range(first, last, num_keys, STRIDE, OFFSET, WINDOW)
-    key_row, count = first_key + begin, gl.maximum(gl.cdiv(end - begin, width), 1)
-    for i in gl.static_range(stages):
-        if i < count:
-            fill(k_desc, keys, k_ready, k_empty, done + i, key_row + i * width, head * strides[2])
-            if i < stages - 1:
-                fill(v_desc, values, v_ready, v_empty, done + i, key_row + i * width, head * strides[3])
+    done = 0
+    for index in range(gl.program_id(0), num_tiles * num_heads, gl.num_programs(0)):
+        head, sequence, _start, _row, _num_queries, first, last = place_of(index, num_heads, tables, 128 // GROUP)
+        first_key, num_keys = keys_of(KeyEnds, sequence)
+        begin, _all_begin, _all_end, end = key_range(first, last, num_keys, STRIDE, OFFSET, WINDOW)
+        row, count = first_key + begin, gl.maximum(gl.cdiv(end - begin, width), 1)
+        fill(k_desc, keys, k_ready, k_empty, done, row, head * strides[2])
+        for i in range(1, count):
+            fill(k_desc, keys, k_ready, k_empty, done + i, row + i * width, head * strides[2])
+            fill(v_desc, values, v_ready, v_empty, done + i - 1, row + (i - 1) * width, head * strides[3])
+        fill(v_desc, values, v_ready, v_empty, done + count - 1, row + (count - 1) * width, head * strides[3])
+        done += count
 
 
 @gluon.jit
@@ -177,13 +178,11 @@ def forward_rows(
     ACCUMULATE: gl.constexpr, KEEP: gl.constexpr,
 ):  # fmt: skip
     """Rows 64·WARP_GROUP … of each of the program's tiles."""
-    descs, buffers, rings, tensors, tables, KeyEnds, strides, scale, num_tiles, num_heads = common
-    k_desc, v_desc = descs
+    _descs, buffers, rings, tensors, tables, KeyEnds, strides, scale, num_tiles, num_heads = common
     queries, keys, values = buffers
     k_ready, k_empty, v_ready, v_empty, cleared = rings
     Q, Gate, Out, Branch, Lse = tensors
-    stride_q, stride_qh, stride_kh, stride_vh, stride_g, stride_gh, stride_o, stride_oh, stride_b, stride_bh, stride_l = strides
-    STAGES: gl.constexpr = keys.type.shape[0]
+    stride_q, stride_qh, _stride_kh, _stride_vh, stride_g, stride_gh, stride_o, stride_oh, stride_b, stride_bh, stride_l = strides
     KEYS: gl.constexpr = keys.type.shape[1]
     DIM: gl.constexpr = keys.type.shape[2]
     QUERIES: gl.constexpr = 128 // GROUP
@@ -200,8 +199,6 @@ def forward_rows(
     zeros = gl.zeros([64, KEYS], gl.float32, layout=mma_s)
     num_units, step = num_tiles * num_heads, gl.num_programs(0)
     place = place_of(gl.program_id(0), num_heads, tables, QUERIES)
-    if WARP_GROUP == 0:
-        fill_first(common, 0, place, STRIDE, OFFSET, WINDOW)
     valid = (place[2] + wide_rows // GROUP < place[4]) & (wide_rows < QUERIES * GROUP)
     first_at = row_pointers(Q + place[0] * GROUP * stride_qh, place[3], stride_q, stride_qh, wide_rows, GROUP)
     query_tile.store(gl.load(first_at[:, None] + dims, mask=valid[:, None], other=0.0))
@@ -210,10 +207,10 @@ def forward_rows(
     done, clearings = 0, 0
     for index in range(gl.program_id(0), num_units, step):
         head, sequence, start, row, num_queries, first, last = place
-        first_key, num_keys = keys_of(KeyEnds, sequence)
+        _first_key, num_keys = keys_of(KeyEnds, sequence)
         begin, all_begin, all_end, end = key_range(first, last, num_keys, STRIDE, OFFSET, WINDOW)
         count = gl.maximum(gl.cdiv(end - begin, KEYS), 1)
-        key_row, group = first_key + begin, head * GROUP
+        group = head * GROUP
 
         query_rows = query_tile.load(query_layout)  # as an operand from registers: shared memory is nearly as busy as the tensor cores
         positions = first + rows // GROUP
@@ -231,11 +228,6 @@ def forward_rows(
             coming = warpgroup_mma(query_rows, keys.index(slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
             v_slot = await_tile(v_ready, done + i - 1)
             adding = warpgroup_mma(weights, values.index(v_slot), acc, is_async=True)
-            if WARP_GROUP == 0:
-                if i + STAGES - 1 < count:
-                    fill(k_desc, keys, k_ready, k_empty, done + i + STAGES - 1, key_row + (i + STAGES - 1) * KEYS, head * stride_kh)
-                if i + STAGES - 2 < count:
-                    fill(v_desc, values, v_ready, v_empty, done + i + STAGES - 2, key_row + (i + STAGES - 2) * KEYS, head * stride_vh)
             scores = warpgroup_mma_wait(1, deps=[coming])
             mbarrier.arrive(k_empty.index(slot), count=1)
             p, row_max, decay = softmax_step(scores, row_max, scale, begin + i * KEYS, bounds, columns, positions, STRIDE, OFFSET, WINDOW)
@@ -261,9 +253,6 @@ def forward_rows(
         next_valid = (next_place[2] + here // GROUP < next_place[4]) & (here < QUERIES * GROUP) & more
         at = row_pointers(Q + next_place[0] * GROUP * stride_qh, next_place[3], stride_q, stride_qh, here, GROUP)
         next_q = gl.load(at[:, None] + dims, mask=next_valid[:, None], other=0.0)
-        if WARP_GROUP == 0:  # noqa: SIM102 (one is known when compiled, the other is not)
-            if more:
-                fill_first(common, done, next_place, STRIDE, OFFSET, WINDOW)
         valid = (start + here // GROUP < num_queries) & (here < QUERIES * GROUP)
         out_at = row_pointers(Out + group * stride_oh, row, stride_o, stride_oh, here, GROUP)[:, None] + dims
         if ACCUMULATE:
@@ -315,9 +304,10 @@ def forward_kernel(
         [
             (forward_rows, (common, 0, GROUP, STRIDE, OFFSET, WINDOW, ACCUMULATE, KEEP)),
             (forward_rows, (common, 1, GROUP, STRIDE, OFFSET, WINDOW, ACCUMULATE, KEEP)),
+            (bring_tiles, (common, GROUP, STRIDE, OFFSET, WINDOW)),
         ],
-        [4],
-        [240],
+        [4, 1],
+        [240, 24],
     )
 
 
