@@ -64,10 +64,12 @@ def gather_dq(
     scores = warpgroup_mma_wait(1, deps=[scores])
     now = 0
     while now < count - 1:
-        coming, next_block, next_bits = next_own(lists, rings, place, now, done, FIRST, MINE)
+        next_bits = gl.load(lists[1] + list_at + now + 1)
         p = row_weights(scores, shift, score_scale, block, bits, query, positions, position, columns)
+        # Its branches keep the compiler from waiting for dP before the exponents. A block's place is free once `now` has left it.
+        last = gl.minimum(now + STAGES - 1, count - 1)
+        coming, block, bits, slot = next_own(lists, rings, list_at, now + 1, last, next_bits, done, STAGES - 2, FIRST, MINE)
         d_p = warpgroup_mma_wait(0, deps=[d_p])
-        slot = await_tile(ready, done + coming)
         next_scores = warpgroup_mma(q_rows, keys.index(slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
         d_scores = gl.convert_layout((p * (d_p - delta[:, None])).to(DTYPE), weight_layout)
         before = (done + now) % STAGES
@@ -75,7 +77,7 @@ def gather_dq(
         d_p = warpgroup_mma(do_rows, values.index(slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
         scores, acc = warpgroup_mma_wait(1, deps=[next_scores, adding])
         mbarrier.arrive(empty.index(before), count=1)
-        now, block, bits = coming, next_block, next_bits
+        now = coming
     p = row_weights(scores, shift, score_scale, block, bits, query, positions, position, columns)
     d_p = warpgroup_mma_wait(0, deps=[d_p])
     d_scores = gl.convert_layout((p * (d_p - delta[:, None])).to(DTYPE), weight_layout)

@@ -52,21 +52,17 @@ def copy_rows(tile, Source, place, stride, stride_head, rows, dims, GROUP: gl.co
 
 
 @gluon.jit
-def next_own(lists, rings, place, now, done, FIRST: gl.constexpr, MINE: gl.constexpr):
-    """The block after a place's `now`-th for the warp group whose queries are the MINE bits from FIRST on: its number in the list, the block
-    and its bits. Lets those pass that none of them chose, up to a few, and gives their places back."""
+def next_own(lists, rings, list_at, number, last, bits, done, PASSES: gl.constexpr, FIRST: gl.constexpr, MINE: gl.constexpr):
+    """The first of a list's blocks from the `number`-th on, whose bits are given, that one of the warp group's queries (the MINE bits from FIRST
+    on) chose: its number, the block, its bits and its place, in which it is. Up to PASSES others before `last` are let pass."""
     Blocks, Bits = lists
     ready, empty, _landed = rings
-    list_at, count = place[7], place[8]
-    coming = now + 1
-    bits = gl.load(Bits + list_at + coming)
-    for _ in gl.static_range(ready.type.shape[0] - 2):  # further ahead a block could come only into the place of the one at hand
-        if (coming < count - 1) & (((bits >> FIRST) & MINE) == 0):
-            passing = await_tile(ready, done + coming)
-            mbarrier.arrive(empty.index(passing), count=1)
-            coming += 1
-            bits = gl.load(Bits + list_at + coming)
-    return coming, gl.load(Blocks + list_at + coming), bits
+    for _ in gl.static_range(PASSES):
+        if (number < last) & (((bits >> FIRST) & MINE) == 0):
+            mbarrier.arrive(empty.index(await_tile(ready, done + number)), count=1)
+            number += 1
+            bits = gl.load(Bits + list_at + number)
+    return number, gl.load(Blocks + list_at + number), bits, await_tile(ready, done + number)
 
 
 @gluon.jit
@@ -167,22 +163,26 @@ def gather_values(
     row_sum = gl.sum(p, 1)
     weights = gl.convert_layout(p.to(DTYPE), weight_layout)
     acc = gl.zeros([64, DIM], gl.float32, layout=OUTPUT)
-    now = 0
+    now, coming = 0, gl.minimum(1, count - 1)
+    bits = gl.load(lists[1] + list_at + coming)
+    coming, block, bits, slot = next_own(lists, rings, list_at, coming, count - 1, bits, done, STAGES - 3, FIRST, MINE)
     while now < count - 1:
-        coming, block, bits = next_own(lists, rings, place, now, done, FIRST, MINE)
-        slot = await_tile(ready, done + coming)
         before = (done + now) % STAGES
         scores = warpgroup_mma(q_rows, keys.index(slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
         adding = warpgroup_mma(weights, values.index(before), acc, is_async=True)
+        following = gl.minimum(coming + 1, count - 1)
+        next_bits = gl.load(lists[1] + list_at + following)
         scores = warpgroup_mma_wait(1, deps=[scores])
         p, row_max, decay = softmax_step(scores, row_max, scale, block, bits, query, positions, position, columns)
         row_sum = row_sum * decay + gl.sum(p, 1)
+        # Its branches keep the compiler from waiting for the product before the exponents. A block's place is free once `now` has left it.
+        last = gl.minimum(now + STAGES - 1, count - 1)
+        following, block, bits, slot = next_own(lists, rings, list_at, following, last, next_bits, done, STAGES - 3, FIRST, MINE)
         acc = warpgroup_mma_wait(0, deps=[adding])
         mbarrier.arrive(empty.index(before), count=1)
         acc = acc * gl.convert_layout(decay, gl.SliceLayout(1, OUTPUT))[:, None]
         weights = gl.convert_layout(p.to(DTYPE), weight_layout)
-        now = coming
-    slot = (done + count - 1) % STAGES
+        now, coming = coming, following
     return warpgroup_mma(weights, values.index(slot), acc, is_async=True), slot, row_max, row_sum
 
 
