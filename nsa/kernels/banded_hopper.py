@@ -223,29 +223,30 @@ def forward_rows(
         row_sum = gl.sum(p, 1)
         weights = gl.convert_layout(p.to(Q.dtype.element_ty), weight_layout)
         acc = gl.zeros([64, DIM], gl.float32, layout=mma_o)
+        v_slot = await_tile(v_ready, done)
         for i in range(1, count):
             slot = await_tile(k_ready, done + i)
             coming = warpgroup_mma(query_rows, keys.index(slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
-            v_slot = await_tile(v_ready, done + i - 1)
-            adding = warpgroup_mma(weights, values.index(v_slot), acc, is_async=True)
+            before = v_slot
+            adding = warpgroup_mma(weights, values.index(before), acc, is_async=True)
             scores = warpgroup_mma_wait(1, deps=[coming])
             mbarrier.arrive(k_empty.index(slot), count=1)
             p, row_max, decay = softmax_step(scores, row_max, scale, begin + i * KEYS, bounds, columns, positions, STRIDE, OFFSET, WINDOW)
             row_sum = row_sum * decay + gl.sum(p, 1)
+            v_slot = await_tile(v_ready, done + i)  # here, as its branch keeps the compiler from waiting for the product before the exponents
             acc = warpgroup_mma_wait(0, deps=[adding])
-            mbarrier.arrive(v_empty.index(v_slot), count=1)
+            mbarrier.arrive(v_empty.index(before), count=1)
             acc = acc * gl.convert_layout(decay, gl.SliceLayout(1, mma_o))[:, None]
             weights = gl.convert_layout(p.to(Q.dtype.element_ty), weight_layout)
-        slot = await_tile(v_ready, done + count - 1)
         if begin + count * KEYS > num_keys:
             last_key = begin + (count - 1) * KEYS
             if KEYS == 128:
-                clear_rows(values.index(slot).slice(WARP_GROUP * 64, 64), last_key + WARP_GROUP * 64, num_keys, wide)
+                clear_rows(values.index(v_slot).slice(WARP_GROUP * 64, 64), last_key + WARP_GROUP * 64, num_keys, wide)
             elif WARP_GROUP == 0:
-                clear_rows(values.index(slot), last_key, num_keys, wide)
+                clear_rows(values.index(v_slot), last_key, num_keys, wide)
             await_clearing(cleared, clearings)
             clearings += 1
-        adding = warpgroup_mma(weights, values.index(slot), acc, is_async=True)
+        adding = warpgroup_mma(weights, values.index(v_slot), acc, is_async=True)
         done += count
         more = index + step < num_units
         here, own_rows = anew(wide_rows, place), anew(rows, place)
@@ -259,7 +260,7 @@ def forward_rows(
             before = gl.load(out_at, mask=valid[:, None], other=0.0)
         gate = gl.load(row_pointers(Gate + group * stride_gh, row, stride_g, stride_gh, here, GROUP), mask=valid, other=0.0)
         acc = warpgroup_mma_wait(0, deps=[adding])
-        mbarrier.arrive(v_empty.index(slot), count=1)
+        mbarrier.arrive(v_empty.index(v_slot), count=1)
 
         written = (start + own_rows // GROUP < num_queries) & (own_rows < QUERIES * GROUP)
         kept = ((Branch, Lse), (stride_b, stride_bh, stride_l))

@@ -41,8 +41,8 @@ def fill_pair(descs, buffers, ready, empty, number, row, columns):
 
 
 @gluon.jit
-def start_scores(query_rows, buffers, rings, number, key, num_keys, turn, zeros, WARP_GROUP: gl.constexpr, LAYOUT: gl.constexpr):
-    """Starts q·kᵀ of the `number`-th tile of keys once it is there and rows that the sequence does not have are cleared."""
+def await_keys(buffers, rings, number, key, num_keys, turn, WARP_GROUP: gl.constexpr, LAYOUT: gl.constexpr):
+    """The place of the `number`-th tile of keys once it is there and rows that the sequence does not have are cleared."""
     keys, values = buffers
     ready, _empty, cleared = rings
     slot = await_tile(ready, number)
@@ -52,7 +52,7 @@ def start_scores(query_rows, buffers, rings, number, key, num_keys, turn, zeros,
         else:
             clear_rows(values.index(slot), key, num_keys, LAYOUT)
         await_clearing(cleared, turn)
-    return slot, warpgroup_mma(query_rows, keys.index(slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
+    return slot
 
 
 @gluon.jit
@@ -145,13 +145,16 @@ def gather_dq(
     shift, delta = statistics(band, place, anew(rows, place), GROUP, 128 // GROUP)
     positions, bounds = first + rows // GROUP, (all_begin, all_end)
 
-    slot, scores = start_scores(query_rows, buffers, rings, done, begin, num_keys, clearings, zeros, WARP_GROUP, WIDE)
+    slot = await_keys(buffers, rings, done, begin, num_keys, clearings, WARP_GROUP, WIDE)
+    scores = warpgroup_mma(query_rows, keys.index(slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
     d_p = warpgroup_mma(d_out_rows, values.index(slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
     scores = warpgroup_mma_wait(1, deps=[scores])
     for i in range(1, count):
         p = row_weights(scores, shift, score_scale, begin + (i - 1) * KEYS, bounds, columns, positions, STRIDE, OFFSET, WINDOW)
+        # here, as its branches keep the compiler from waiting for dP before the exponents
+        slot = await_keys(buffers, rings, done + i, begin + i * KEYS, num_keys, clearings, WARP_GROUP, WIDE)
         d_p = warpgroup_mma_wait(0, deps=[d_p])
-        slot, coming = start_scores(query_rows, buffers, rings, done + i, begin + i * KEYS, num_keys, clearings, zeros, WARP_GROUP, WIDE)
+        coming = warpgroup_mma(query_rows, keys.index(slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
         d_scores = gl.convert_layout((p * (d_p - delta[:, None])).to(DTYPE), weight_layout)
         before = (done + i - 1) % STAGES
         adding = warpgroup_mma(d_scores, keys.index(before), acc, is_async=True)
