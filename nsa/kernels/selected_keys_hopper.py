@@ -2,7 +2,8 @@
 
 One warp group walks a part of a block's list of queries, 64 rows at a time: the next tile's rows are copied while this one is
 multiplied, scores and dP begin with the rows' statistics, and the products into dV and dK run while the registers are at
-work. A query's heads lie side by side, so in groups of at least 8 the copy engine fetches them in one piece.
+work. A query's heads lie side by side, so in groups of at least 8 the copy engine fetches them in one piece; neighbours choose
+mostly the same blocks (four of five tiles of group 16 are four queries in a row), and such a tile comes in one piece too.
 Written for Triton 3.6's Gluon.
 """
 
@@ -62,21 +63,32 @@ def copy_rows(source, tile, row, stride_row, stride_head, head, LAYOUT: gl.const
 
 
 @gluon.jit
-def fetch_rows(descs, q_pieces, do_pieces, ready, slot, queries, start, size, head, GROUP: gl.constexpr):
-    """Starts the copies of a tile's rows of q and d_out by the copy engine: query by query, 64 columns at a time, as they lie
-    one behind the other in a tile of 64 rows."""
-    q_desc, do_desc = descs
+def copy_piece(desc, pieces, number, ready, at):
+    """Starts the copy of a descriptor's box to the `number`-th piece of shared memory."""
+    tma.async_copy_global_to_shared(desc, at, ready, pieces.index(number)._reinterpret(desc.dtype, desc.block_type.shape, desc.layout))
+
+
+@gluon.jit
+def fetch_rows(descs, pieces, ready, slot, queries, start, size, head, GROUP: gl.constexpr):
+    """Starts the copies of a tile's rows of q and d_out by the copy engine, 64 columns at a time: all of them together where the queries
+    follow each other, else query by query, as they lie one behind the other in a tile of 64 rows."""
+    q_desc, do_desc, q_run, do_run = descs
+    q_pieces, do_pieces, q_halves, do_halves = pieces
     COUNT: gl.constexpr = 64 // GROUP
-    HALVES: gl.constexpr = q_pieces.type.shape[0] // (2 * COUNT)
-    mbarrier.expect(ready, HALVES * COUNT * (q_desc.block_type.nbytes + do_desc.block_type.nbytes))
-    for entry in gl.static_range(COUNT):
-        row = gl.load(queries + gl.minimum(start + entry, size - 1))
+    HALVES: gl.constexpr = q_halves.type.shape[0] // 2
+    first, last = gl.load(queries + start), gl.load(queries + gl.minimum(start + COUNT - 1, size - 1))
+    mbarrier.expect(ready, HALVES * (q_run.block_type.nbytes + do_run.block_type.nbytes))
+    if last - first == COUNT - 1:  # ascending numbers, so that there is none but these
         for half in gl.static_range(HALVES):
-            number = (slot * HALVES + half) * COUNT + entry
-            place = q_pieces.index(number)._reinterpret(q_desc.dtype, q_desc.block_type.shape, q_desc.layout)
-            tma.async_copy_global_to_shared(q_desc, [row, head, half * 64], ready, place)
-            place = do_pieces.index(number)._reinterpret(do_desc.dtype, do_desc.block_type.shape, do_desc.layout)
-            tma.async_copy_global_to_shared(do_desc, [row, head, half * 64], ready, place)
+            copy_piece(q_run, q_halves, slot * HALVES + half, ready, [first, head, half * 64])
+            copy_piece(do_run, do_halves, slot * HALVES + half, ready, [first, head, half * 64])
+    else:
+        for entry in gl.static_range(COUNT):
+            row = gl.load(queries + gl.minimum(start + entry, size - 1))
+            for half in gl.static_range(HALVES):
+                number = (slot * HALVES + half) * COUNT + entry
+                copy_piece(q_desc, q_pieces, number, ready, [row, head, half * 64])
+                copy_piece(do_desc, do_pieces, number, ready, [row, head, half * 64])
 
 
 @gluon.jit
@@ -87,12 +99,11 @@ def start_tile(
     """Starts the copy of the tile of queries start … of a list to place `slot`: q, d_out and the statistics."""
     q, d_out, stats = sources
     q_tiles, do_tiles, stat_tiles = tiles
-    q_pieces, do_pieces = pieces
     line: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     d_out_row, d_out_head, q_row, q_head, _k_row, _k_head, _v_row, _v_head = strides
     row, at = tile_stats_at(queries, start, size, num_heads, head, num_stats, line, GROUP)
     if BULK:
-        fetch_rows(descs, q_pieces, do_pieces, ready.index(slot), slot, queries, start, size, head, GROUP)
+        fetch_rows(descs, pieces, ready.index(slot), slot, queries, start, size, head, GROUP)
     else:
         copy_rows(q, q_tiles.index(slot), row, q_row, q_head, head, WIDE, GROUP)
         copy_rows(d_out, do_tiles.index(slot), row, d_out_row, d_out_head, head, WIDE, GROUP)
@@ -114,7 +125,7 @@ def store_sum(acc, segment, sums, target, sum_row, target_row, exists, LAYOUT: g
 
 @gluon.jit(do_not_specialize=["num_stats", "num_segments"])
 def dkdv_kernel(
-    q_desc, do_desc, d_out, q, k, v, stats, dk, dv, segment_dk, segment_dv, queries, counts, blocks, firsts, sizes, segments,
+    descs, d_out, q, k, v, stats, dk, dv, segment_dk, segment_dv, queries, counts, blocks, firsts, sizes, segments,
     block_sequence, block_ends, query_ends, key_ends, strides, num_stats, num_segments, scale, scale_log2,
     GROUP: gl.constexpr, DIM: gl.constexpr, BULK: gl.constexpr,
 ):  # fmt: skip
@@ -154,12 +165,15 @@ def dkdv_kernel(
         gl.thread_barrier()
 
     TILE: gl.constexpr = 64 // GROUP
-    descs, sources, tiles, pieces = (q_desc, do_desc), (q, d_out, stats), (q_tiles, do_tiles, stat_tiles), (q_tiles, do_tiles)
+    sources, tiles, pieces = (q, d_out, stats), (q_tiles, do_tiles, stat_tiles), (q_tiles, do_tiles)
     if BULK:
         piece: gl.constexpr = gl.NVMMASharedLayout.get_default_for([GROUP, 64], DTYPE)
+        half: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, 64], DTYPE)
         pieces = (
             q_tiles._reinterpret(DTYPE, [2 * DIM // 64 * TILE, GROUP, 64], piece),
             do_tiles._reinterpret(DTYPE, [2 * DIM // 64 * TILE, GROUP, 64], piece),
+            q_tiles._reinterpret(DTYPE, [2 * DIM // 64, 64, 64], half),
+            do_tiles._reinterpret(DTYPE, [2 * DIM // 64, 64, 64], half),
         )
     count = gl.cdiv(size, TILE)
     if count > 0:
@@ -230,9 +244,9 @@ def takes(d_out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     return fits and all(x.data_ptr() % 16 == 0 and x.stride(0) % 16 == 0 and x.stride(1) % 16 == 0 for x in (d_out, q, k, v))
 
 
-def query_descriptor(x: torch.Tensor, group: int) -> TensorDescriptor:
-    """The copy engine's view of q or d_out: 64 columns of the heads of one KV head of one query."""
-    box = [1, group, 64]
+def query_descriptor(x: torch.Tensor, queries: int, group: int) -> TensorDescriptor:
+    """The copy engine's view of q or d_out: 64 columns of the heads of one KV head of neighbouring queries."""
+    box = [queries, group, 64]
     return TensorDescriptor(x, list(x.shape), list(x.stride()), box, shared_layout(tuple(box), x.dtype))
 
 
@@ -255,9 +269,9 @@ def dkdv(
     group = q.shape[1] // k.shape[1]
     stats = row_stats(lse, delta, gate, scale)
     bulk = group >= MIN_BULK_GROUP and group & (group - 1) == 0 and copied_in_bulk(q) and copied_in_bulk(d_out)
-    descs = (query_descriptor(q, group), query_descriptor(d_out, group)) if bulk else (q, d_out)
+    descs = tuple(query_descriptor(x, queries, group) for queries in (1, 64 // group) for x in (q, d_out)) if bulk else ()
     strides = (*d_out.stride()[:2], *q.stride()[:2], *k.stride()[:2], *v.stride()[:2])
     launch(
-        dkdv_kernel, grid, *descs, d_out, q, k, v, stats, *tables, strides, stats.shape[1], num_segments, scale, scale * LOG2_E,
+        dkdv_kernel, grid, descs, d_out, q, k, v, stats, *tables, strides, stats.shape[1], num_segments, scale, scale * LOG2_E,
         GROUP=group, DIM=q.shape[2], BULK=bulk, num_warps=4,
     )  # fmt: skip
