@@ -44,13 +44,20 @@ def row_stats_kernel(lse, delta, gate, stats, delta_row, delta_head, gate_row, g
 
 
 @gluon.jit
-def tile_stats_at(queries, start, size, num_heads, head, num_stats, LAYOUT: gl.constexpr, GROUP: gl.constexpr):
-    """Packed query row of each row of a tile, and where its statistics are: the last place if there is no such row."""
+def list_entries(queries, start, size, LAYOUT: gl.constexpr, GROUP: gl.constexpr):
+    """Of the tile of queries start … of a list: packed query row of each of its rows, its first and its last query; the list's last where it
+    ends before. Loaded a tile ahead, as they come from L2."""
+    COUNT: gl.constexpr = 64 // GROUP
+    row = gl.load(queries + gl.minimum(start + gl.arange(0, 64, layout=LAYOUT) // GROUP, size - 1))
+    return row, gl.load(queries + gl.minimum(start, size - 1)), gl.load(queries + gl.minimum(start + COUNT - 1, size - 1))
+
+
+@gluon.jit
+def tile_stats_at(row, start, size, num_heads, head, num_stats, LAYOUT: gl.constexpr, GROUP: gl.constexpr):
+    """Where the statistics of each row of a tile are: the last place if there is no such row."""
     TILE: gl.constexpr = 64 // GROUP
     lane = gl.arange(0, 64, layout=LAYOUT)
-    entry = start + lane // GROUP
-    row = gl.load(queries + gl.minimum(entry, size - 1))
-    return row, gl.where((lane < TILE * GROUP) & (entry < size), row.to(gl.int64) * num_heads + head + lane % GROUP, num_stats - 1)
+    return gl.where((lane < TILE * GROUP) & (start + lane // GROUP < size), row.to(gl.int64) * num_heads + head + lane % GROUP, num_stats - 1)
 
 
 @gluon.jit
@@ -69,16 +76,16 @@ def copy_piece(desc, pieces, number, ready, at):
 
 
 @gluon.jit
-def fetch_rows(descs, pieces, ready, slot, queries, start, size, head, GROUP: gl.constexpr):
+def fetch_rows(descs, pieces, ready, slot, queries, entries, start, size, head, GROUP: gl.constexpr):
     """Starts the copies of a tile's rows of q and d_out by the copy engine, 64 columns at a time: all of them together where the queries
     follow each other, else query by query, as they lie one behind the other in a tile of 64 rows."""
     q_desc, do_desc, q_run, do_run = descs
     q_pieces, do_pieces, q_halves, do_halves = pieces
     COUNT: gl.constexpr = 64 // GROUP
     HALVES: gl.constexpr = q_halves.type.shape[0] // 2
-    first, last = gl.load(queries + start), gl.load(queries + gl.minimum(start + COUNT - 1, size - 1))
+    _row, first, last = entries
     mbarrier.expect(ready, HALVES * (q_run.block_type.nbytes + do_run.block_type.nbytes))
-    if last - first == COUNT - 1:  # ascending numbers, so that there is none but these
+    if (start + COUNT <= size) & (last - first == COUNT - 1):  # ascending numbers, so that there is none but these
         for half in gl.static_range(HALVES):
             copy_piece(q_run, q_halves, slot * HALVES + half, ready, [first, head, half * 64])
             copy_piece(do_run, do_halves, slot * HALVES + half, ready, [first, head, half * 64])
@@ -93,17 +100,18 @@ def fetch_rows(descs, pieces, ready, slot, queries, start, size, head, GROUP: gl
 
 @gluon.jit
 def start_tile(
-    descs, sources, tiles, pieces, ready, slot, queries, start, size, head, strides, num_heads, num_stats,
+    descs, sources, tiles, pieces, ready, slot, queries, entries, start, size, head, strides, num_heads, num_stats,
     WIDE: gl.constexpr, GROUP: gl.constexpr, BULK: gl.constexpr,
 ):  # fmt: skip
-    """Starts the copy of the tile of queries start … of a list to place `slot`: q, d_out and the statistics."""
+    """Starts the copy of the tile of queries start … of a list, whose `list_entries` are given, to place `slot`: q, d_out and the statistics."""
     q, d_out, stats = sources
     q_tiles, do_tiles, stat_tiles = tiles
     line: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     d_out_row, d_out_head, q_row, q_head, _k_row, _k_head, _v_row, _v_head = strides
-    row, at = tile_stats_at(queries, start, size, num_heads, head, num_stats, line, GROUP)
+    row = entries[0]
+    at = tile_stats_at(row, start, size, num_heads, head, num_stats, line, GROUP)
     if BULK:
-        fetch_rows(descs, pieces, ready.index(slot), slot, queries, start, size, head, GROUP)
+        fetch_rows(descs, pieces, ready.index(slot), slot, queries, entries, start, size, head, GROUP)
     else:
         copy_rows(q, q_tiles.index(slot), row, q_row, q_head, head, WIDE, GROUP)
         copy_rows(d_out, do_tiles.index(slot), row, d_out_row, d_out_head, head, WIDE, GROUP)
@@ -125,7 +133,7 @@ def store_sum(acc, segment, sums, target, sum_row, target_row, exists, LAYOUT: g
 
 @gluon.jit(do_not_specialize=["num_stats", "num_segments"])
 def dkdv_kernel(
-    descs, d_out, q, k, v, stats, dk, dv, segment_dk, segment_dv, queries, counts, blocks, firsts, sizes, segments,
+    q_desc, do_desc, q_run, do_run, d_out, q, k, v, stats, dk, dv, segment_dk, segment_dv, queries, counts, blocks, firsts, sizes, segments,
     block_sequence, block_ends, query_ends, key_ends, strides, num_stats, num_segments, scale, scale_log2,
     GROUP: gl.constexpr, DIM: gl.constexpr, BULK: gl.constexpr,
 ):  # fmt: skip
@@ -165,6 +173,7 @@ def dkdv_kernel(
         gl.thread_barrier()
 
     TILE: gl.constexpr = 64 // GROUP
+    descs = (q_desc, do_desc, q_run, do_run)
     sources, tiles, pieces = (q, d_out, stats), (q_tiles, do_tiles, stat_tiles), (q_tiles, do_tiles)
     if BULK:
         piece: gl.constexpr = gl.NVMMASharedLayout.get_default_for([GROUP, 64], DTYPE)
@@ -175,11 +184,15 @@ def dkdv_kernel(
             q_tiles._reinterpret(DTYPE, [2 * DIM // 64, 64, 64], half),
             do_tiles._reinterpret(DTYPE, [2 * DIM // 64, 64, 64], half),
         )
+    line: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     count = gl.cdiv(size, TILE)
+    entries = list_entries(queries, 0, gl.maximum(size, 1), line, GROUP)
+    lowest = entries[1]
     if count > 0:
         start_tile(
-            descs, sources, tiles, pieces, ready, 0, queries, 0, size, head, strides, num_heads, num_stats, wide, GROUP, BULK
+            descs, sources, tiles, pieces, ready, 0, queries, entries, 0, size, head, strides, num_heads, num_stats, wide, GROUP, BULK
         )  # fmt: skip
+        entries = list_entries(queries, TILE, size, line, GROUP)
     inner = gl.arange(0, 64, layout=gl.SliceLayout(1, wide))
     dims = gl.arange(0, DIM, layout=gl.SliceLayout(0, wide))[None, :]
     row = (key_start + first_key + inner).to(gl.int64)[:, None]
@@ -194,21 +207,23 @@ def dkdv_kernel(
     for i in range(count):
         now = i % 2
         q_now, do_now, stats_now = q_tiles.index(now), do_tiles.index(now), stat_tiles.index(now)
-        lowest = gl.load(queries + i * TILE)
         gl.thread_barrier()  # everybody has read what the next copies overwrite
         if BULK:
             if i + 1 < count:
                 start_tile(
-                    descs, sources, tiles, pieces, ready, 1 - now, queries, (i + 1) * TILE, size, head, strides, num_heads, num_stats, wide,
-                    GROUP, BULK,
+                    descs, sources, tiles, pieces, ready, 1 - now, queries, entries, (i + 1) * TILE, size, head, strides, num_heads, num_stats,
+                    wide, GROUP, BULK,
                 )  # fmt: skip
             else:
                 async_copy.commit_group()
             mbarrier.wait(ready.index(now), i // 2 & 1)
         else:  # after the last tile its last query again
             start_tile(
-                descs, sources, tiles, pieces, ready, 1 - now, queries, (i + 1) * TILE, size, head, strides, num_heads, num_stats, wide, GROUP, BULK
+                descs, sources, tiles, pieces, ready, 1 - now, queries, entries, (i + 1) * TILE, size, head, strides, num_heads, num_stats, wide,
+                GROUP, BULK,
             )  # fmt: skip
+        first, next_lowest = lowest, entries[1]
+        entries = list_entries(queries, (i + 2) * TILE, size, line, GROUP)
         async_copy.wait_group(1)
         fence_async_shared()
         gl.thread_barrier()
@@ -218,7 +233,7 @@ def dkdv_kernel(
         dp = warpgroup_mma(value_tile, do_now.permute((1, 0)), dp, is_async=True)
         s = warpgroup_mma_wait(1, deps=[s])
         p = gl.exp2(s * scale_log2)
-        if lowest + offset < first_key + 63:
+        if first + offset < first_key + 63:
             entry = gl.minimum(i * TILE + column, size - 1)
             p = gl.where(key_s[:, None] <= (gl.load(queries + entry) + offset)[None, :], p, 0.0)
         weights = gl.convert_layout(p.to(DTYPE), weight_layout)
@@ -227,6 +242,7 @@ def dkdv_kernel(
         d_weights = gl.convert_layout((p * dp).to(DTYPE), weight_layout)
         adding_k = warpgroup_mma(d_weights, q_now, acc_k, is_async=True)
         acc_v, acc_k = warpgroup_mma_wait(0, deps=[adding_v, adding_k])
+        lowest = next_lowest
     async_copy.wait_group(0)
 
     segment = gl.load(segments + item)
@@ -269,9 +285,9 @@ def dkdv(
     group = q.shape[1] // k.shape[1]
     stats = row_stats(lse, delta, gate, scale)
     bulk = group >= MIN_BULK_GROUP and group & (group - 1) == 0 and copied_in_bulk(q) and copied_in_bulk(d_out)
-    descs = tuple(query_descriptor(x, queries, group) for queries in (1, 64 // group) for x in (q, d_out)) if bulk else ()
+    descs = tuple(query_descriptor(x, queries, group) for queries in (1, 64 // group) for x in (q, d_out)) if bulk else (q, d_out) * 2
     strides = (*d_out.stride()[:2], *q.stride()[:2], *k.stride()[:2], *v.stride()[:2])
     launch(
-        dkdv_kernel, grid, descs, d_out, q, k, v, stats, *tables, strides, stats.shape[1], num_segments, scale, scale * LOG2_E,
+        dkdv_kernel, grid, *descs, d_out, q, k, v, stats, *tables, strides, stats.shape[1], num_segments, scale, scale * LOG2_E,
         GROUP=group, DIM=q.shape[2], BULK=bulk, num_warps=4,
     )  # fmt: skip
