@@ -1,8 +1,10 @@
 """dk and dv of attention over chosen blocks, block by block: K and V stay put and the queries that chose the block pass by.
 
 A program takes a part of a block's list of queries (inverse.py), rows = queries × heads. Lists of several parts (block 0's
-holds every query) leave fp32 sums that a last kernel adds in order. No atomics, and lists are cut from their own start, so
-results are the same from run to run and whatever else is in the batch. On Hopper selected_keys_hopper.py does the same.
+holds every query) leave fp32 sums that a last kernel adds in order. A query's rows are read once for each of its blocks: parts
+run in the order of their first queries, so that those which run at the same time find the same rows in L2. No atomics, and
+lists are cut from their own start, so results are the same from run to run and whatever else is in the batch. On Hopper
+selected_keys_hopper.py does the same.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ from nsa.kernels.tiles import KernelPlan, Tile
 
 PART_ROWS = 32768
 """Rows (queries × heads) of a list that one program takes at most."""
+ORDERED = 64
+"""Parts that one program puts in order."""
 
 
 def key_tile(dims: int, group: int, block: int, dtype: torch.dtype) -> Tile:
@@ -29,9 +33,31 @@ def key_tile(dims: int, group: int, block: int, dtype: torch.dtype) -> Tile:
     return Tile(keys=min(padded(block), 64), rows=max(32, padded(group)), num_warps=4 if dims <= 256 else 8, num_stages=3 if dims <= 256 else 2)
 
 
+@triton.jit(do_not_specialize=["num_items"])
+def order_kernel(queries, counts, firsts, sizes, order, num_items, ITEMS: tl.constexpr):
+    """order `[Hkv, items]`: the KV head's parts by their first queries, and by their numbers where those are the same."""
+    head = tl.program_id(1)
+    count = tl.load(counts + head)
+    if tl.program_id(0) * ITEMS >= count:
+        return
+    firsts += head * num_items
+    sizes += head * num_items
+    item = tl.program_id(0) * ITEMS + tl.arange(0, ITEMS)
+    there = (item < count) & (tl.load(sizes + item, mask=item < count, other=0) > 0)
+    mine = tl.load(queries + tl.load(firsts + item, mask=there, other=0), mask=there, other=2147483647)
+    rank = tl.zeros([ITEMS], tl.int32)
+    for base in range(0, count, ITEMS):
+        other = base + tl.arange(0, ITEMS)
+        there = (other < count) & (tl.load(sizes + other, mask=other < count, other=0) > 0)
+        theirs = tl.load(queries + tl.load(firsts + other, mask=there, other=0), mask=there, other=2147483647)
+        before = (theirs[None, :] < mine[:, None]) | ((theirs[None, :] == mine[:, None]) & (other[None, :] < item[:, None]))
+        rank += tl.sum((before & (other < count)[None, :]).to(tl.int32), 1)
+    tl.store(order + head * num_items + rank, item, mask=item < count)
+
+
 @triton.jit(do_not_specialize=["num_segments"])
 def dkdv_kernel(
-    d_out, q, k, v, lse, delta, gate, dk, dv, segment_dk, segment_dv, queries, counts, blocks, firsts, sizes, segments,
+    d_out, q, k, v, lse, delta, gate, dk, dv, segment_dk, segment_dv, queries, counts, order, blocks, firsts, sizes, segments,
     block_sequence, block_ends, query_ends, key_ends,
     d_out_row, d_out_head, q_row, q_head, k_row, k_head, v_row, v_head, delta_row, delta_head, gate_row, gate_head, num_segments,
     scale, scale_log2,
@@ -42,7 +68,7 @@ def dkdv_kernel(
     kv_head, num_kv_heads = tl.program_id(1), tl.num_programs(1)
     if tl.program_id(0) >= tl.load(counts + kv_head):
         return
-    item = kv_head * tl.num_programs(0) + tl.program_id(0)
+    item = kv_head * tl.num_programs(0) + tl.load(order + kv_head * tl.num_programs(0) + tl.program_id(0))
     block, size = tl.load(blocks + item), tl.load(sizes + item)
     sequence = tl.load(block_sequence + block)
     key_start, key_end = tl.load(key_ends + sequence), tl.load(key_ends + sequence + 1)
@@ -146,8 +172,13 @@ def selected_dkdv(
     ((_, work),) = cut_lists(index, whole_range(plan), plan, size, part, q.shape[0] * n, init=0, local=-1, backward=True)
     dk, dv = torch.empty(k.shape, dtype=k.dtype, device=k.device), torch.empty(v.shape, dtype=k.dtype, device=k.device)
     sums = tuple(torch.empty(num_kv_heads, num_segments, size, dim, dtype=torch.float32, device=q.device) for dim in (key_dim, value_dim))
+    order = torch.empty(num_kv_heads, work.blocks.shape[2], dtype=torch.int32, device=q.device)
+    launch(
+        order_kernel, (-(-order.shape[1] // ORDERED), num_kv_heads),
+        index.queries, work.counts, work.firsts, work.sizes, order, order.shape[1], ITEMS=ORDERED, num_warps=4,
+    )  # fmt: skip
     tables = (
-        dk, dv, *sums, index.queries, work.counts, work.blocks, work.firsts, work.sizes, work.segments, index.block_sequence, index.block_ends,
+        dk, dv, *sums, index.queries, work.counts, order, work.blocks, work.firsts, work.sizes, work.segments, index.block_sequence, index.block_ends,
         plan.query_ends, plan.key_ends,
     )  # fmt: skip
     grid, dims = (work.blocks.shape[2], num_kv_heads), widths(key_dim, value_dim)

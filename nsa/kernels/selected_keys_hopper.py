@@ -133,7 +133,7 @@ def store_sum(acc, segment, sums, target, sum_row, target_row, exists, LAYOUT: g
 
 @gluon.jit(do_not_specialize=["num_stats", "num_segments"])
 def dkdv_kernel(
-    q_desc, do_desc, q_run, do_run, d_out, q, k, v, stats, dk, dv, segment_dk, segment_dv, queries, counts, blocks, firsts, sizes, segments,
+    q_desc, do_desc, q_run, do_run, d_out, q, k, v, stats, dk, dv, segment_dk, segment_dv, queries, counts, order, blocks, firsts, sizes, segments,
     block_sequence, block_ends, query_ends, key_ends, strides, num_stats, num_segments, scale, scale_log2,
     GROUP: gl.constexpr, DIM: gl.constexpr, BULK: gl.constexpr,
 ):  # fmt: skip
@@ -150,7 +150,7 @@ def dkdv_kernel(
     kv_head, num_kv_heads = gl.program_id(1), gl.num_programs(1)
     if gl.program_id(0) >= gl.load(counts + kv_head):
         return
-    item = kv_head * gl.num_programs(0) + gl.program_id(0)
+    item = kv_head * gl.num_programs(0) + gl.load(order + kv_head * gl.num_programs(0) + gl.program_id(0))
     block, size = gl.load(blocks + item), gl.load(sizes + item)
     queries += gl.where(size > 0, gl.load(firsts + item), 0)  # an empty list may begin after the last entry
     sequence = gl.load(block_sequence + block)
