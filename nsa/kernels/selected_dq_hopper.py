@@ -13,9 +13,12 @@ from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrie
 from nsa.kernels.banded_hopper import anew, await_tile, key_descriptor, num_processors
 from nsa.kernels.banded_hopper_dq import row_statistics
 from nsa.kernels.launch import LOG2_E, launch
-from nsa.kernels.selected_hopper import STAGES, bring_blocks, copy_rows, next_own, prepare_rings, rows_aligned, store_rows, tile_of
+from nsa.kernels.selected_hopper import bring_blocks, copy_rows, next_own, prepare_rings, rows_aligned, store_rows, tile_of
 from nsa.kernels.tiles import KernelPlan
 from nsa.kernels.unions import BlockUnions
+
+STAGES = 4
+"""Blocks of K and V in shared memory."""
 
 
 @gluon.jit

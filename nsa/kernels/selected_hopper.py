@@ -22,7 +22,7 @@ from nsa.kernels.tiles import KernelPlan
 from nsa.kernels.unions import BlockUnions
 
 ROWS = 128
-STAGES = 4
+STAGES = 5
 """Blocks of K and V in shared memory."""
 MIN_GROUP = 3
 """Heads of a KV head, so that a tile's queries have room in an int32 of bits and fill both warp groups."""

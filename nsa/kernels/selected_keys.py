@@ -15,12 +15,12 @@ import triton.language as tl
 
 from nsa.config import SparsityConfig
 from nsa.kernels.banded import runs_hopper_kernels
-from nsa.kernels.inverse import InverseIndex, cut_lists, whole_range
+from nsa.kernels.inverse import InverseIndex, Work, cut_lists, whole_range
 from nsa.kernels.launch import LOG2_E, dot_precision, launch, padded, widths
 from nsa.kernels.query_rows import load_rows
 from nsa.kernels.tiles import KernelPlan, Tile
 
-PART_ROWS = 32768
+PART_ROWS = 8192
 """Rows (queries × heads) of a list that one program takes at most."""
 ORDERED = 64
 """Parts that one program puts in order."""
@@ -151,6 +151,17 @@ def add_segments_kernel(
         add_parts(segment_dv, dv, count, sum_row, target_row, exists, KEYS, SELECT, VALUE_DIM, VALUE_PAD)
 
 
+def by_first_query(index: InverseIndex, work: Work) -> torch.Tensor:
+    """int32 `[Hkv, parts]`: the parts of one range in the order of their first queries, those without any last; nothing of use beyond their count."""
+    _, num_kv_heads, num_parts = work.blocks.shape
+    order = torch.empty(num_kv_heads, num_parts, dtype=torch.int32, device=work.blocks.device)
+    launch(
+        order_kernel, (-(-num_parts // ORDERED), num_kv_heads),
+        index.queries, work.counts, work.firsts, work.sizes, order, num_parts, ITEMS=ORDERED, num_warps=4,
+    )  # fmt: skip
+    return order
+
+
 def takes_hopper(d_out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, size: int) -> bool:
     """Whether selected_keys_hopper.py computes dk and dv; it is imported only where it can run."""
     if not runs_hopper_kernels(q.device):
@@ -168,18 +179,14 @@ def selected_dkdv(
     num_heads, key_dim, num_kv_heads, value_dim = q.shape[1], q.shape[2], k.shape[1], v.shape[2]
     group, size, n = num_heads // num_kv_heads, config.select_block_size, config.num_selected_blocks
     part = max(1, PART_ROWS // group)
-    num_segments = max(1, 2 * q.shape[0] * n // part)
+    full_parts = q.shape[0] * n // part  # at most; every list of several parts may have one that is not full
+    num_segments = max(1, full_parts + min(full_parts, index.num_blocks))
     ((_, work),) = cut_lists(index, whole_range(plan), plan, size, part, q.shape[0] * n, init=0, local=-1, backward=True)
     dk, dv = torch.empty(k.shape, dtype=k.dtype, device=k.device), torch.empty(v.shape, dtype=k.dtype, device=k.device)
     sums = tuple(torch.empty(num_kv_heads, num_segments, size, dim, dtype=torch.float32, device=q.device) for dim in (key_dim, value_dim))
-    order = torch.empty(num_kv_heads, work.blocks.shape[2], dtype=torch.int32, device=q.device)
-    launch(
-        order_kernel, (-(-order.shape[1] // ORDERED), num_kv_heads),
-        index.queries, work.counts, work.firsts, work.sizes, order, order.shape[1], ITEMS=ORDERED, num_warps=4,
-    )  # fmt: skip
     tables = (
-        dk, dv, *sums, index.queries, work.counts, order, work.blocks, work.firsts, work.sizes, work.segments, index.block_sequence, index.block_ends,
-        plan.query_ends, plan.key_ends,
+        dk, dv, *sums, index.queries, work.counts, by_first_query(index, work), work.blocks, work.firsts, work.sizes, work.segments,
+        index.block_sequence, index.block_ends, plan.query_ends, plan.key_ends,
     )  # fmt: skip
     grid, dims = (work.blocks.shape[2], num_kv_heads), widths(key_dim, value_dim)
     if takes_hopper(d_out, q, k, v, size):

@@ -255,8 +255,14 @@ def dkdv_kernel(
 
 def takes(d_out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, size: int) -> bool:
     """Whether this kernel computes dk and dv for the tensors and blocks of `size` keys, given a GPU that runs it: head
-    dimensions of 128, blocks of 64 keys, rows that can be copied 16 bytes at a time."""
-    fits = q.shape[2] == v.shape[2] == 128 and size == 64 and q.shape[1] <= 64 * k.shape[1] and q.dtype in (torch.bfloat16, torch.float16)
+    dimensions of 64 or 128, blocks of 64 keys, rows that can be copied 16 bytes at a time."""
+    fits = (
+        q.shape[2] == v.shape[2]
+        and q.shape[2] in (64, 128)
+        and size == 64
+        and q.shape[1] <= 64 * k.shape[1]
+        and q.dtype in (torch.bfloat16, torch.float16)
+    )
     return fits and all(x.data_ptr() % 16 == 0 and x.stride(0) % 16 == 0 and x.stride(1) % 16 == 0 for x in (d_out, q, k, v))
 
 

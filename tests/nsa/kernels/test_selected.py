@@ -5,6 +5,7 @@ import torch
 
 from nsa.config import SparsityConfig
 from nsa.kernels import selected, selected_keys
+from nsa.kernels.inverse import cut_lists, invert_selection, whole_range
 from nsa.kernels.selected import selected_backward, selected_forward
 from nsa.kernels.tiles import KernelPlan, Tile
 from nsa.testing import cumulative, random_selection, relative_rms
@@ -127,6 +128,23 @@ def test_small_tiles_of_queries(monkeypatch):
     check([50, 1, 14], group=3, num_kv_heads=1, twice=True)
 
 
+@pytest.mark.parametrize("ordered", [4, 64])
+def test_parts_run_in_the_order_of_their_first_queries(monkeypatch, ordered):
+    """Blocks that nobody chose come last, and every part has its place."""
+    monkeypatch.setattr(selected_keys, "ORDERED", ordered)
+    plan = KernelPlan(cumulative([40, 1, 90]), None, config=SMALL, device=torch.device(DEVICE))
+    selection = random_selection([40, 1, 90], [40, 1, 90], 2, SMALL, torch.Generator().manual_seed(0)).to(DEVICE)
+    selection[selection == 1] = -1
+    index = invert_selection(selection, plan, SMALL)
+    ((_, work),) = cut_lists(index, whole_range(plan), plan, SMALL.select_block_size, 7, selection[:, 0].numel(), init=0, local=-1, backward=True)
+    order = selected_keys.by_first_query(index, work)
+    for head, count in enumerate(work.counts[0, :, 0].tolist()):
+        parts = list(zip(work.firsts[0, head, :count].tolist(), work.sizes[0, head, :count].tolist(), strict=True))
+        assert any(size == 0 for _, size in parts) and count > 32
+        wanted = sorted(range(count), key=lambda part: (int(index.queries[parts[part][0]]) if parts[part][1] else 2**31 - 1, part))
+        assert order[head, :count].tolist() == wanted
+
+
 @pytest.mark.parametrize("group", [1, 3])
 def test_block_major(monkeypatch, group):
     monkeypatch.setattr(selected, "may_gather", lambda *_: True)
@@ -161,7 +179,9 @@ def test_a_sequence_does_not_depend_on_its_neighbours():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("group", "key_dim", "value_dim"), [(16, 128, 128), (4, 128, 128), (3, 64, 64), (7, 96, 96), (2, 192, 128), (1, 256, 256)])
+@pytest.mark.parametrize(
+    ("group", "key_dim", "value_dim"), [(16, 128, 128), (4, 128, 128), (16, 64, 64), (3, 64, 64), (7, 96, 96), (2, 192, 128), (1, 256, 256)]
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_paper_settings(group, key_dim, value_dim, dtype):
     check([1500, 63], SparsityConfig(compressor="mean"), query_lengths=[400, 63], group=group, key_dim=key_dim, value_dim=value_dim, dtype=dtype)
