@@ -24,7 +24,7 @@ import torch
 
 from nsa.attention import LayerCache, nsa_attention, nsa_decode
 from nsa.config import SparsityConfig
-from nsa.kernels import banded_hopper, banded_hopper_dkdv, banded_hopper_dq, selected_dq_hopper
+from nsa.kernels import banded_hopper, banded_hopper_dkdv, banded_hopper_dq, selected_dq_hopper, selected_hopper
 from nsa.testing import make_inputs
 
 SANITIZER = shutil.which("compute-sanitizer", path=f"{os.environ.get('PATH', '')}:/usr/local/cuda/bin")
@@ -85,7 +85,7 @@ def accesses(text: str) -> list[str]:
     """Accesses that racecheck blames, as `kernel in file:line`, but for those in the bodies of kernels that start warp groups."""
     bodies = {
         f"{Path(module.__file__).name}:{line}"
-        for module in (banded_hopper, banded_hopper_dkdv, banded_hopper_dq, selected_dq_hopper)
+        for module in (banded_hopper, banded_hopper_dkdv, banded_hopper_dq, selected_dq_hopper, selected_hopper)
         for name, kernel in vars(module).items()
         if name.endswith("_kernel")
         for line in range(first_line(kernel), first_line(kernel) + len(inspect.getsourcelines(kernel.fn)[0]))
