@@ -196,15 +196,14 @@ def dkdv_keys(
             shift = here.slice(0, 64).load(column_layout)
             p = key_weights(scores, shift, score_scale, begin + (turn - 1) * QUERIES, bounds, ends, columns, QUERIES, WINDOW)
             weights = gl.convert_layout(p.to(DTYPE), weight_layout)
-            # The branches of this and the next waiting keep the compiler from waiting for a product before what is to run beside it.
-            await_tile(rings[0], turn)
+            await_tile(rings[0], turn)  # here, as its branch keeps the compiler from waiting for dP before the exponents
             d_p = warpgroup_mma_wait(0, deps=[d_p])
             adding_v = warpgroup_mma(weights, d_outs.index(before), d_value, is_async=True)
             delta = here.slice(64, 64).load(column_layout)
             d_scores = gl.convert_layout((p * (d_p - delta[None, :])).to(DTYPE), weight_layout)
-            slot = await_rows(buffers, rings, turn, begin + turn * QUERIES, num_queries, WARP_GROUP, GROUP, wide)
             # with these sums still on their way the next products would be one too many for the registers
             d_value = warpgroup_mma_wait(0, deps=[adding_v])
+            slot = await_rows(buffers, rings, turn, begin + turn * QUERIES, num_queries, WARP_GROUP, GROUP, wide)
             coming = warpgroup_mma(key_tile, queries.index(slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
             adding_k = warpgroup_mma(d_scores, queries.index(before), d_key, is_async=True)
             d_p = warpgroup_mma(value_tile, d_outs.index(slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
