@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from nsa.config import SparsityConfig
-from nsa.packing import Packing, plan_packing
+from nsa.packing import Packing, checked_ends, plan_packing
 
 if TYPE_CHECKING:
     from nsa.kernels.tiles import KernelPlan
@@ -165,9 +165,11 @@ def plan_batch(
     """
     if resolve_backend(backend, device) != "triton":
         return plan_packing(cu_seqlens, cu_seqlens_k, device=device, num_heads=num_heads, key_index=key_index)
-    from nsa.kernels.tiles import KernelPlan
+    from nsa.kernels.tiles import KernelPlan, plan_of
 
-    return KernelPlan(cu_seqlens, cu_seqlens_k, config=config, device=device, key_index=key_index)
+    if key_index is not None:
+        return KernelPlan(cu_seqlens, cu_seqlens_k, config=config, device=device, key_index=key_index)
+    return plan_of(*checked_ends(cu_seqlens, cu_seqlens_k), config, device)
 
 
 def nsa_attention(

@@ -11,7 +11,6 @@ Leaves out how rows are tiled (tiles.py) and every kernel.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ from nsa.kernels.gating import gate_backward
 from nsa.kernels.launch import rehearse_once
 from nsa.kernels.scoring import choose_blocks
 from nsa.kernels.selected import selected_backward, selected_forward
-from nsa.kernels.tiles import KernelPlan
+from nsa.kernels.tiles import KernelPlan, plan_of
 from nsa.packing import gather_rows
 
 SETTINGS = (
@@ -36,15 +35,9 @@ KEPT = 7
 """Tensors that the forward operator returns for the backward one: selection, three branch outputs, three log-sum-exps."""
 
 
-@lru_cache(maxsize=64)
-def _plan(query_ends: tuple[int, ...], key_ends: tuple[int, ...], settings: tuple[int, ...], device: torch.device) -> KernelPlan:
-    """The plan an operator's plain arguments stand for; one batch asks for it once a layer."""
-    config = SparsityConfig(**dict(zip(SETTINGS, settings, strict=True)))
-    return KernelPlan(torch.tensor(query_ends), torch.tensor(key_ends), config=config, device=device)
-
-
 def _plan_of(query_ends: Tensor, key_ends: Tensor, settings: list[int], device: torch.device) -> KernelPlan:
-    return _plan(tuple(query_ends.tolist()), tuple(key_ends.tolist()), tuple(settings), device)
+    """The plan an operator's plain arguments stand for; one batch asks for it once a layer."""
+    return plan_of(query_ends, key_ends, SparsityConfig(**dict(zip(SETTINGS, settings, strict=True))), device)
 
 
 def attention_forward(

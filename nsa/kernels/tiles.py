@@ -1,12 +1,14 @@
 """Which rows of a packed batch each program of a kernel works on.
 
 A `KernelPlan` is made once per batch from the sequences' lengths on the host and shared by all layers; its tables go to
-the device once. Query, key and compressed tiles never cross a sequence border. Leaves out what is computed in a tile.
+the device once. `plan_of` remembers those of the last batches, for callers that do not share one. Query, key and
+compressed tiles never cross a sequence border. Leaves out what is computed in a tile.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -27,8 +29,24 @@ class Tile:
 
 
 def on_device(table: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A host tensor on a device. A copy from ordinary memory would wait for all that the GPU still has to do."""
-    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table.to(device)
+    """A host tensor on a device. A copy from ordinary memory would wait for all that the GPU still has to do.
+
+    Raises:
+        ValueError: a CUDA graph is being captured, which would copy again from memory that is no longer the table's.
+    """
+    if device.type != "cuda":
+        return table.to(device)
+    refuse_capture()
+    return table.pin_memory().to(device, non_blocking=True)
+
+
+def refuse_capture() -> None:
+    """Raises where a CUDA graph is being captured."""
+    if torch.cuda.is_current_stream_capturing():
+        raise ValueError(
+            "a CUDA graph needs a plan that was used before and lives as long as the graph: make it with plan_batch, run a call with it as "
+            "cu_seqlens, then capture one"
+        )
 
 
 class KernelPlan:
@@ -99,3 +117,21 @@ class KernelPlan:
             table = np.stack([sequences[order], starts[order]], axis=1).astype(np.int32)
             self._tables[key] = on_device(torch.from_numpy(table), self.device)
         return self._tables[key]
+
+
+def plan_of(query_ends: torch.Tensor, key_ends: torch.Tensor, config: SparsityConfig, device: torch.device) -> KernelPlan:
+    """The plan of these cumulative lengths (int `[N+1]`, on the CPU), the one made before where they come again on the same stream.
+
+    Raises:
+        ValueError: a CUDA graph is being captured, which might outlive what is remembered.
+    """
+    stream = 0
+    if device.type == "cuda":
+        refuse_capture()
+        stream = torch.cuda.current_stream(device).cuda_stream
+    return _remembered_plan(tuple(query_ends.tolist()), tuple(key_ends.tolist()), config, device, stream)
+
+
+@lru_cache(maxsize=64)
+def _remembered_plan(query_ends: tuple[int, ...], key_ends: tuple[int, ...], config: SparsityConfig, device: torch.device, stream: int) -> KernelPlan:
+    return KernelPlan(torch.tensor(query_ends), torch.tensor(key_ends), config=config, device=device)

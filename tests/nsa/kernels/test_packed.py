@@ -1,6 +1,7 @@
 """`nsa_attention(backend="triton")` as a whole: against the torch backend, the oracle, and itself packed another way."""
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -22,6 +23,42 @@ def run(inputs, backend, **options):
     out, selection = nsa_attention(x.q, x.kv, x.gates, **(x.options | options), return_selection=True, backend=backend)
     out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out))
     return out, selection, {name: leaf.grad for name, leaf in x.leaves.items()}
+
+
+def test_the_plans_of_the_last_batches_are_remembered() -> None:
+    """Only for the same lengths of queries and keys and the same settings; whoever shares rows gets a plan of their own."""
+
+    def plan(lengths, key_lengths=None, config=CONFIG, **options):
+        keys = None if key_lengths is None else cumulative(key_lengths)
+        return plan_batch(cumulative(lengths), keys, config=config, num_heads=2, device=torch.device(DEVICE), backend="triton", **options)
+
+    first = plan([5, 7])
+    assert plan([5, 7]) is first and plan([5, 7], [5, 7]) is first
+    others = [plan([7, 5]), plan([5, 7], [5, 9]), plan([12]), plan([5, 7], config=replace(CONFIG, window_size=7))]
+    assert len({id(x) for x in [first, *others]}) == 5
+    assert others[1].host_key_ends.tolist() == [0, 5, 14] and others[3].config.window_size == 7
+    assert plan([5, 7], key_index=torch.arange(12)) is not first
+    with pytest.raises(ValueError, match="non-decreasing"):
+        plan_batch(torch.tensor([0, 5, 3]), None, config=CONFIG, num_heads=2, device=torch.device(DEVICE), backend="triton")
+
+
+@pytest.mark.gpu
+def test_a_cuda_graph_takes_a_plan_made_before() -> None:
+    inputs = make_inputs(replace(CONFIG, select_block_size=16), lengths=[41, 70], num_kv_heads=1, group_size=4, key_dim=16, value_dim=16)
+    x = inputs.to(device=DEVICE, dtype=torch.bfloat16, requires_grad=False)
+    options = x.options | {"backend": "triton"}
+    ends = options.pop("cu_seqlens")
+    plan = plan_batch(ends, None, config=options["config"], num_heads=4, device=x.q.device, backend="triton")
+    want = nsa_attention(x.q, x.kv, x.gates, **options, cu_seqlens=plan)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = nsa_attention(x.q, x.kv, x.gates, **options, cu_seqlens=plan)
+    got.zero_()
+    graph.replay()
+    assert torch.equal(got, want)
+    with pytest.raises(ValueError, match="CUDA graph needs a plan"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        nsa_attention(x.q, x.kv, x.gates, **options, cu_seqlens=ends)
 
 
 @pytest.mark.parametrize(("compressor", "kv", "group"), [("mlp", "separate", 3), ("mean", "shared", 2)])
