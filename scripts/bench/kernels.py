@@ -8,7 +8,8 @@
 Layouts (query heads / KV heads / head dim): a 64/4/128, b 32/8/128, smollm2 9/3/64; the paper's l 32, d 16, l' 64, n 16, w 512.
 Dense: PyTorch's SDPA with the flash and the cuDNN backend, whichever runs; peers: attention/peers.py. Times are CUDA events around single
 calls, the median of `--repeats` after a warm-up, going round several sets of inputs where one would stay in the L2 cache (branches
-by themselves use one); decode steps are CUDA graphs replayed after the L2 cache was overwritten.
+by themselves use one). Each call makes its host work anew; in short calls that bounds them. Decode steps, and with `graph` forward and
+backward together, are CUDA graphs replayed after the L2 cache was overwritten: what the GPU alone takes.
 The floor of a row is the larger of its FLOPs at the GEMM rate and its bytes at the copy rate measured here.
 Blocks are always the kernels' own choice, on queries and keys whose neighbours are as much alike as a trained model's (attention/
 workload.py says how much), or on random ones, which makes it a random choice (worst locality). Single branches have given random
@@ -34,7 +35,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from nsa.attention import nsa_attention, nsa_decode
+from nsa.attention import nsa_attention, nsa_decode, plan_batch
 from nsa.blocks import num_compressed
 from nsa.kernels.banded import Band, BandTensors, banded_backward, banded_forward, both_dq
 from nsa.kernels.compress import compress
@@ -62,7 +63,7 @@ from scripts.bench.attention.workload import (
 
 LONGEST_TRAINING = 65536
 """Beyond this length, forward alone is timed, ours and dense."""
-PARTS = ("forward", "backward", "branches", "deterministic", "dense", "peers", "decode", "first-call")
+PARTS = ("forward", "backward", "graph", "branches", "deterministic", "dense", "peers", "decode", "first-call")
 
 
 def attention_rows(problems: Sequence[Problem], parts: Sequence[str], repeats: int, *, deterministic: bool = False) -> Iterator[Row]:
@@ -95,6 +96,19 @@ def attention_rows(problems: Sequence[Problem], parts: Sequence[str], repeats: i
         flops, bytes_ = whole_work(problem.layout, problem.length, backward=True)
         yield Row(**common, name=f"nsa, kept for the other pass, {kind}", ms=kept_ms)
         yield Row(**common, name=f"nsa backward, {kind}", ms=both_ms - kept_ms, flops=flops, bytes=bytes_, peak_gb=peak)
+    if "graph" in parts:
+        ends = torch.tensor([0, problem.length])
+        plan = plan_batch(ends, None, config=CONFIG, num_heads=problem.q.shape[1], device=problem.q.device, backend="triton")
+
+        def step() -> object:
+            with torch.enable_grad():
+                out = nsa_attention(
+                    problem.q, problem.kv, problem.gates, phi=problem.phi, config=CONFIG, cu_seqlens=plan, deterministic=deterministic
+                )
+                assert isinstance(out, Tensor)
+                return torch.autograd.grad(out, problem.leaves, problem.d_out)
+
+        yield Row(**common, name=f"nsa forward and backward, CUDA graph, {kind}", ms=graph_ms(step, repeats))
 
 
 def branch_rows(problem: Problem, repeats: int) -> Iterator[Row]:
@@ -174,6 +188,14 @@ def dense_rows(layout: str, length: int, parts: Sequence[str], repeats: int) -> 
                     return torch.autograd.grad(outs[index % len(outs)], inputs[index % len(outs)], d_out, retain_graph=True)
 
                 yield Row(layout=layout, length=length, name=f"dense {name} backward", ms=time_ms(backward, repeats=repeats), flops=10 * flops)
+            if "graph" in parts:
+
+                def step(forward: Callable[[int], Tensor] = forward) -> object:
+                    with torch.enable_grad():
+                        return torch.autograd.grad(forward(0), inputs[0], d_out)
+
+                name = f"dense {name} forward and backward, CUDA graph"
+                yield Row(layout=layout, length=length, name=name, ms=graph_ms(step, repeats), flops=14 * flops)
         except RuntimeError as error:
             print(f"dense {name} {layout} {length}: refused ({str(error).splitlines()[0][:120]})", file=sys.stderr)
 
@@ -276,7 +298,7 @@ def rows_of(layout: str, length: int, args: argparse.Namespace) -> Iterator[Row]
     parts, repeats = args.parts, args.repeats
     if length > LONGEST_TRAINING:
         parts = tuple(part for part in parts if part in ("forward", "dense"))
-    whole = {"forward", "backward", "branches", "deterministic"} & set(parts)
+    whole = {"forward", "backward", "graph", "branches", "deterministic"} & set(parts)
     for keys in args.keys if whole else ():
         problems = make_problems(layout, length, realistic=keys == "alike")
         yield from attention_rows(problems, parts, repeats)
