@@ -161,12 +161,13 @@ def plan_batch(
         num_heads: query heads. key_index: which packed row each key is, where sequences share rows
             (`SharedPrefix.key_rows`).
     Raises:
-        ValueError: lengths that do not fit together, an unknown or unavailable backend.
+        ValueError: lengths that do not fit together, an unknown or unavailable backend, a CUDA graph that is being captured.
     """
     if resolve_backend(backend, device) != "triton":
         return plan_packing(cu_seqlens, cu_seqlens_k, device=device, num_heads=num_heads, key_index=key_index)
-    from nsa.kernels.tiles import KernelPlan, plan_of
+    from nsa.kernels.tiles import KernelPlan, plan_of, refuse_capture
 
+    refuse_capture(device)
     if key_index is not None:
         return KernelPlan(cu_seqlens, cu_seqlens_k, config=config, device=device, key_index=key_index)
     return plan_of(*checked_ends(cu_seqlens, cu_seqlens_k), config, device)

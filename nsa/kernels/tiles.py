@@ -36,13 +36,13 @@ def on_device(table: torch.Tensor, device: torch.device) -> torch.Tensor:
     """
     if device.type != "cuda":
         return table.to(device)
-    refuse_capture()
+    refuse_capture(device)
     return table.pin_memory().to(device, non_blocking=True)
 
 
-def refuse_capture() -> None:
+def refuse_capture(device: torch.device) -> None:
     """Raises where a CUDA graph is being captured."""
-    if torch.cuda.is_current_stream_capturing():
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise ValueError(
             "a CUDA graph needs a plan that was used before and lives as long as the graph: make it with plan_batch, run a call with it as "
             "cu_seqlens, then capture one"
@@ -125,10 +125,8 @@ def plan_of(query_ends: torch.Tensor, key_ends: torch.Tensor, config: SparsityCo
     Raises:
         ValueError: a CUDA graph is being captured, which might outlive what is remembered.
     """
-    stream = 0
-    if device.type == "cuda":
-        refuse_capture()
-        stream = torch.cuda.current_stream(device).cuda_stream
+    refuse_capture(device)
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     return _remembered_plan(tuple(query_ends.tolist()), tuple(key_ends.tolist()), config, device, stream)
 
 
