@@ -194,8 +194,8 @@ def dense_rows(layout: str, length: int, parts: Sequence[str], repeats: int) -> 
                     with torch.enable_grad():
                         return torch.autograd.grad(forward(0), inputs[0], d_out)
 
-                name = f"dense {name} forward and backward, CUDA graph"
-                yield Row(layout=layout, length=length, name=name, ms=graph_ms(step, repeats), flops=14 * flops)
+                call = f"dense {name} forward and backward, CUDA graph"
+                yield Row(layout=layout, length=length, name=call, ms=graph_ms(step, repeats), flops=14 * flops)
         except RuntimeError as error:
             print(f"dense {name} {layout} {length}: refused ({str(error).splitlines()[0][:120]})", file=sys.stderr)
 
