@@ -151,6 +151,13 @@ def add_segments_kernel(
         add_parts(segment_dv, dv, count, sum_row, target_row, exists, KEYS, SELECT, VALUE_DIM, VALUE_PAD)
 
 
+def most_segments(entries: int, part: int, num_blocks: int) -> int:
+    """How many parts lists of several parts can have together (at least 1), where all lists have `entries` at most: each list may have one
+    that is not full beside its full ones."""
+    full = entries // part
+    return max(1, full + min(full, num_blocks))
+
+
 def by_first_query(index: InverseIndex, work: Work) -> torch.Tensor:
     """int32 `[Hkv, parts]`: the parts of one range in the order of their first queries, those without any last; nothing of use beyond their count."""
     _, num_kv_heads, num_parts = work.blocks.shape
@@ -179,8 +186,7 @@ def selected_dkdv(
     num_heads, key_dim, num_kv_heads, value_dim = q.shape[1], q.shape[2], k.shape[1], v.shape[2]
     group, size, n = num_heads // num_kv_heads, config.select_block_size, config.num_selected_blocks
     part = max(1, PART_ROWS // group)
-    full_parts = q.shape[0] * n // part  # at most; every list of several parts may have one that is not full
-    num_segments = max(1, full_parts + min(full_parts, index.num_blocks))
+    num_segments = most_segments(q.shape[0] * n, part, index.num_blocks)
     ((_, work),) = cut_lists(index, whole_range(plan), plan, size, part, q.shape[0] * n, init=0, local=-1, backward=True)
     dk, dv = torch.empty(k.shape, dtype=k.dtype, device=k.device), torch.empty(v.shape, dtype=k.dtype, device=k.device)
     sums = tuple(torch.empty(num_kv_heads, num_segments, size, dim, dtype=torch.float32, device=q.device) for dim in (key_dim, value_dim))

@@ -145,6 +145,16 @@ def test_parts_run_in_the_order_of_their_first_queries(monkeypatch, ordered):
         assert order[head, :count].tolist() == wanted
 
 
+@pytest.mark.parametrize(("sizes", "part"), [([8, 8, 8], 7), ([7, 14, 0], 7), ([21], 7), ([6, 6, 6], 7), ([1], 7), ([9, 1, 30, 7], 4)])
+def test_there_is_room_for_every_segment(sizes, part):
+    parts = [-(-size // part) for size in sizes]
+    assert sum(count for count in parts if count > 1) <= selected_keys.most_segments(sum(sizes), part, len(sizes))
+
+
+def test_room_for_segments_is_no_more_than_twice_what_full_parts_take():
+    assert [selected_keys.most_segments(*x) for x in ((0, 7, 3), (6, 7, 3), (70, 7, 3), (70, 7, 30))] == [1, 1, 13, 20]
+
+
 @pytest.mark.parametrize("group", [1, 3])
 def test_block_major(monkeypatch, group):
     monkeypatch.setattr(selected, "may_gather", lambda *_: True)
