@@ -408,13 +408,22 @@ def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str,
     return tree
 
 
+def _suggestion(where: str, known: list[str]) -> str:
+    """What an unknown key may have been meant for: the same name elsewhere, one that looks like it, or else what its section has."""
+    section, _, name = where.rpartition(".")
+    others = [key for key in known if not where.startswith(f"{key}.")]
+    near = [key for key in others if key.rpartition(".")[2] == name] or difflib.get_close_matches(where, others, n=1, cutoff=0.5)
+    if near:
+        return f"did you mean {near[0]}?"
+    return "known: " + ", ".join(key for key in known if key.rpartition(".")[0] == section)
+
+
 def _describe(error: ValidationError, schema: type[BaseModel]) -> str:
     lines = []
     for fault in error.errors():
         where = ".".join(str(part) for part in fault["loc"])
         if fault["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(where, _known_keys(schema), n=1, cutoff=0.5)
-            lines.append(f"unknown key {where}" + (f"; did you mean {near[0]}?" if near else ""))
+            lines.append(f"unknown key {where}; {_suggestion(where, _known_keys(schema))}")
         elif fault["type"] == "missing":
             lines.append(f"{where} is required")
         else:

@@ -43,6 +43,9 @@ def test_minimal_file_takes_its_name_from_the_file(tmp_path: Path) -> None:
     [
         (MINIMAL + "rollout: {group_sise: 4}", r"unknown key rollout\.group_sise; did you mean rollout\.group_size\?"),
         (MINIMAL + "rolout: {group_size: 4}", r"unknown key rolout; did you mean rollout\?"),
+        (MINIMAL + "group_size: 4", r"unknown key group_size; did you mean rollout\.group_size\?"),
+        (MINIMAL + "rollout: {zzz: 4}", r"unknown key rollout\.zzz; known: .*rollout\.group_size"),
+        (MINIMAL + "zzz: {group_size: 4}", r"unknown key zzz; known: .*rollout, .*algorithm"),
         (MINIMAL + "rollout:\n  group_size: 4\n  group_size: 8\n", "line 5: key 'group_size' is given twice"),
         (MINIMAL + "model: {path: other}", "key 'model' is given twice"),
         ("data: {train: d}", "model is required"),
