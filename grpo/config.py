@@ -409,13 +409,11 @@ def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str,
 
 
 def _suggestion(where: str, known: list[str]) -> str:
-    """What an unknown key may have been meant for: the same name elsewhere, one that looks like it, or else what its section has."""
+    """What an unknown key may have been meant for: the same name elsewhere, one of its section that looks like it, or else what that has."""
     section, _, name = where.rpartition(".")
-    others = [key for key in known if not where.startswith(f"{key}.")]
-    near = [key for key in others if key.rpartition(".")[2] == name] or difflib.get_close_matches(where, others, n=1, cutoff=0.5)
-    if near:
-        return f"did you mean {near[0]}?"
-    return "known: " + ", ".join(key for key in known if key.rpartition(".")[0] == section)
+    beside = {key.rpartition(".")[2]: key for key in known if key.rpartition(".")[0] == section}
+    near = [key for key in known if key.rpartition(".")[2] == name] or [beside[key] for key in difflib.get_close_matches(name, beside, n=1)]
+    return f"did you mean {near[0]}?" if near else f"known: {', '.join(beside.values())}"
 
 
 def _describe(error: ValidationError, schema: type[BaseModel]) -> str:
