@@ -330,6 +330,11 @@ def takes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
     )
 
 
+def rows_aligned(x: torch.Tensor) -> bool:
+    """Whether a thread can copy rows `[T, heads, D]` 16 bytes at a time."""
+    return x.data_ptr() % 16 == 0 and x.stride(0) % 16 == 0 and x.stride(1) % 16 == 0 and x.stride(2) == 1
+
+
 @lru_cache(maxsize=64)
 def shared_layout(box: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
     """How a tile lies in shared memory. (Finding it takes longer than the rest of a view for the copy engine.)"""

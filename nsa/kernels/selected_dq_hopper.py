@@ -13,7 +13,7 @@ from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrie
 from nsa.kernels.banded_hopper import anew, await_tile, key_descriptor, num_processors
 from nsa.kernels.banded_hopper_dq import row_statistics
 from nsa.kernels.launch import LOG2_E, launch
-from nsa.kernels.selected_hopper import bring_blocks, copy_rows, next_own, prepare_rings, rows_aligned, store_rows, tile_of
+from nsa.kernels.selected_hopper import bring_blocks, copy_rows, next_own, prepare_blocks, store_rows, tile_of
 from nsa.kernels.tiles import KernelPlan
 from nsa.kernels.unions import BlockUnions
 
@@ -54,9 +54,6 @@ def gather_dq(
     STAGES: gl.constexpr = keys.type.shape[0]
     DTYPE: gl.constexpr = descs[0].dtype
     weight_layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=OUTPUT, k_width=2)
-    FIRST: gl.constexpr = WARP_GROUP * 64 // GROUP
-    LAST: gl.constexpr = min((WARP_GROUP * 64 + 63) // GROUP, QUERIES - 1)
-    MINE: gl.constexpr = (1 << (LAST - FIRST + 1)) - 1
     query = gl.minimum(rows // GROUP, QUERIES - 1)
     positions = position + query
 
@@ -71,7 +68,7 @@ def gather_dq(
         p = row_weights(scores, shift, score_scale, block, bits, query, positions, position, columns)
         # Its branches keep the compiler from waiting for dP before the exponents. A block's place is free once `now` has left it.
         last = gl.minimum(now + STAGES - 1, count - 1)
-        coming, block, bits, slot = next_own(lists, rings, list_at, now + 1, last, next_bits, done, STAGES - 2, FIRST, MINE)
+        coming, block, bits, slot = next_own(lists, rings, list_at, now + 1, last, next_bits, done, STAGES - 2, WARP_GROUP, GROUP, QUERIES)
         d_p = warpgroup_mma_wait(0, deps=[d_p])
         next_scores = warpgroup_mma(q_rows, keys.index(slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
         d_scores = gl.convert_layout((p * (d_p - delta[:, None])).to(DTYPE), weight_layout)
@@ -160,20 +157,13 @@ def dq_kernel(
     queries = gl.allocate_shared_memory(DTYPE, [2, 64, DIM], rows_layout)
     d_outs = gl.allocate_shared_memory(DTYPE, [2, 64, DIM], rows_layout)
     results = gl.allocate_shared_memory(DTYPE, [2, 64, DIM], rows_layout)
-    keys = gl.allocate_shared_memory(DTYPE, [STAGES, 64, DIM], k_desc.layout)
-    values = gl.allocate_shared_memory(DTYPE, [STAGES, 64, DIM], v_desc.layout)
-    blocks = ((k_desc, v_desc), (keys, values), prepare_rings(STAGES), lists, tables, strides, (num_tiles, num_heads, capacity))
+    blocks = prepare_blocks(k_desc, v_desc, lists, tables, strides, (num_tiles, num_heads, capacity), STAGES)
     common = (blocks, (queries, d_outs, results), tensors, row_tensors, row_strides, score_scale, scale)
     gl.warp_specialize(
         [(dq_rows, (common, 0, GROUP, QUERIES, BEFORE)), (dq_rows, (common, 1, GROUP, QUERIES, BEFORE)), (bring_blocks, (blocks,))],
         [4, 1],
         [240, 24],
     )
-
-
-def takes_sum(x: torch.Tensor, q: torch.Tensor) -> bool:
-    """Whether dq can be written to x, or added to it."""
-    return x.dtype == q.dtype and rows_aligned(x)
 
 
 def dq(

@@ -15,7 +15,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
-from nsa.kernels.banded_hopper import anew, await_tile, clear_rows, copied_in_bulk, key_descriptor, num_processors, row_pointers
+from nsa.kernels.banded_hopper import anew, await_tile, clear_rows, copied_in_bulk, key_descriptor, num_processors, row_pointers, rows_aligned
 from nsa.kernels.banded_hopper_dq import fill_pair
 from nsa.kernels.launch import launch
 from nsa.kernels.tiles import KernelPlan
@@ -52,11 +52,17 @@ def copy_rows(tile, Source, place, stride, stride_head, rows, dims, GROUP: gl.co
 
 
 @gluon.jit
-def next_own(lists, rings, list_at, number, last, bits, done, PASSES: gl.constexpr, FIRST: gl.constexpr, MINE: gl.constexpr):
-    """The first of a list's blocks from the `number`-th on, whose bits are given, that one of the warp group's queries (the MINE bits from FIRST
-    on) chose: its number, the block, its bits and its place, in which it is. Up to PASSES others before `last` are let pass."""
+def next_own(
+    lists, rings, list_at, number, last, bits, done,
+    PASSES: gl.constexpr, WARP_GROUP: gl.constexpr, GROUP: gl.constexpr, QUERIES: gl.constexpr,
+):  # fmt: skip
+    """The first of a list's blocks from the `number`-th on, whose bits are given, that one of the warp group's queries chose: its number, the
+    block, its bits and its place, in which it is. Up to PASSES others before `last` are let pass."""
     Blocks, Bits = lists
     ready, empty, _landed = rings
+    FIRST: gl.constexpr = WARP_GROUP * 64 // GROUP
+    LAST: gl.constexpr = min((WARP_GROUP * 64 + 63) // GROUP, QUERIES - 1)
+    MINE: gl.constexpr = (1 << (LAST - FIRST + 1)) - 1
     for _ in gl.static_range(PASSES):
         if (number < last) & (((bits >> FIRST) & MINE) == 0):
             mbarrier.arrive(empty.index(await_tile(ready, done + number)), count=1)
@@ -110,8 +116,12 @@ def bring_blocks(blocks):
 
 
 @gluon.jit
-def prepare_rings(STAGES: gl.constexpr):
-    """Barriers of the blocks' places: one that is there, one that both warp groups have left, one that is being cleared."""
+def prepare_blocks(k_desc, v_desc, lists, tables, strides, sizes, STAGES: gl.constexpr):
+    """What all warps have to know of the blocks: where they come from, STAGES places, and their barriers: one that is there, one that both
+    warp groups have left, one that is being cleared."""
+    DIM: gl.constexpr = k_desc.block_type.shape[1]
+    keys = gl.allocate_shared_memory(k_desc.dtype, [STAGES, 64, DIM], k_desc.layout)
+    values = gl.allocate_shared_memory(v_desc.dtype, [STAGES, 64, DIM], v_desc.layout)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     landed = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
@@ -120,7 +130,7 @@ def prepare_rings(STAGES: gl.constexpr):
         mbarrier.init(empty.index(i), count=2)
     mbarrier.init(landed.index(0), count=1)
     fence_async_shared()
-    return ready, empty, landed
+    return (k_desc, v_desc), (keys, values), (ready, empty, landed), lists, tables, strides, sizes
 
 
 @gluon.jit
@@ -149,9 +159,7 @@ def gather_values(
     DIM: gl.constexpr = keys.type.shape[2]
     DTYPE: gl.constexpr = descs[0].dtype
     weight_layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=OUTPUT, k_width=2)
-    FIRST: gl.constexpr = WARP_GROUP * 64 // GROUP
-    LAST: gl.constexpr = min((WARP_GROUP * 64 + 63) // GROUP, QUERIES - 1)
-    MINE: gl.constexpr = (1 << (LAST - FIRST + 1)) - 1
+    PASSES: gl.constexpr = STAGES - 3
     query = gl.minimum(rows // GROUP, QUERIES - 1)
     positions = position + query
 
@@ -165,7 +173,7 @@ def gather_values(
     acc = gl.zeros([64, DIM], gl.float32, layout=OUTPUT)
     now, coming = 0, gl.minimum(1, count - 1)
     bits = gl.load(lists[1] + list_at + coming)
-    coming, block, bits, slot = next_own(lists, rings, list_at, coming, count - 1, bits, done, STAGES - 3, FIRST, MINE)
+    coming, block, bits, slot = next_own(lists, rings, list_at, coming, count - 1, bits, done, PASSES, WARP_GROUP, GROUP, QUERIES)
     while now < count - 1:
         before = (done + now) % STAGES
         scores = warpgroup_mma(q_rows, keys.index(slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
@@ -177,7 +185,7 @@ def gather_values(
         row_sum = row_sum * decay + gl.sum(p, 1)
         # Its branches keep the compiler from waiting for the product before the exponents. A block's place is free once `now` has left it.
         last = gl.minimum(now + STAGES - 1, count - 1)
-        following, block, bits, slot = next_own(lists, rings, list_at, following, last, next_bits, done, STAGES - 3, FIRST, MINE)
+        following, block, bits, slot = next_own(lists, rings, list_at, following, last, next_bits, done, PASSES, WARP_GROUP, GROUP, QUERIES)
         acc = warpgroup_mma_wait(0, deps=[adding])
         mbarrier.arrive(empty.index(before), count=1)
         acc = acc * gl.convert_layout(decay, gl.SliceLayout(1, OUTPUT))[:, None]
@@ -280,9 +288,7 @@ def forward_kernel(
     rows_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, DIM], DTYPE)
     queries = gl.allocate_shared_memory(DTYPE, [2, 64, DIM], rows_layout)
     results = gl.allocate_shared_memory(DTYPE, [2, 64, DIM], rows_layout)
-    keys = gl.allocate_shared_memory(DTYPE, [STAGES, 64, DIM], k_desc.layout)
-    values = gl.allocate_shared_memory(DTYPE, [STAGES, 64, DIM], v_desc.layout)
-    blocks = ((k_desc, v_desc), (keys, values), prepare_rings(STAGES), lists, tables, key_strides, (num_tiles, num_heads, capacity))
+    blocks = prepare_blocks(k_desc, v_desc, lists, tables, key_strides, (num_tiles, num_heads, capacity), STAGES)
     common = (blocks, (queries, results), tensors, strides, scale)
     gl.warp_specialize(
         [
@@ -293,11 +299,6 @@ def forward_kernel(
         [4, 1],
         [240, 24],
     )
-
-
-def rows_aligned(x: torch.Tensor) -> bool:
-    """Whether rows `[T, heads, D]` can be copied 16 bytes at a time."""
-    return x.data_ptr() % 16 == 0 and x.stride(0) % 16 == 0 and x.stride(1) % 16 == 0 and x.stride(2) == 1
 
 
 def takes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, size: int, others: list[torch.Tensor]) -> bool:

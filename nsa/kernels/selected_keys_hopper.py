@@ -19,7 +19,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from nsa.kernels.banded_hopper import copied_in_bulk, shared_layout
+from nsa.kernels.banded_hopper import copied_in_bulk, rows_aligned, shared_layout
 from nsa.kernels.launch import LOG2_E, ceil_div, launch
 
 MIN_BULK_GROUP = 8
@@ -222,7 +222,7 @@ def dkdv_kernel(
                 descs, sources, tiles, pieces, ready, 1 - now, queries, entries, (i + 1) * TILE, size, head, strides, num_heads, num_stats, wide,
                 GROUP, BULK,
             )  # fmt: skip
-        first, next_lowest = lowest, entries[1]
+        first, lowest = lowest, entries[1]
         entries = list_entries(queries, (i + 2) * TILE, size, line, GROUP)
         async_copy.wait_group(1)
         fence_async_shared()
@@ -242,7 +242,6 @@ def dkdv_kernel(
         d_weights = gl.convert_layout((p * dp).to(DTYPE), weight_layout)
         adding_k = warpgroup_mma(d_weights, q_now, acc_k, is_async=True)
         acc_v, acc_k = warpgroup_mma_wait(0, deps=[adding_v, adding_k])
-        lowest = next_lowest
     async_copy.wait_group(0)
 
     segment = gl.load(segments + item)
@@ -263,7 +262,7 @@ def takes(d_out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
         and q.shape[1] <= 64 * k.shape[1]
         and q.dtype in (torch.bfloat16, torch.float16)
     )
-    return fits and all(x.data_ptr() % 16 == 0 and x.stride(0) % 16 == 0 and x.stride(1) % 16 == 0 for x in (d_out, q, k, v))
+    return fits and all(rows_aligned(x) for x in (d_out, q, k, v))
 
 
 def query_descriptor(x: torch.Tensor, queries: int, group: int) -> TensorDescriptor:
